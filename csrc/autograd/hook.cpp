@@ -1,0 +1,301 @@
+#include "hook.h"
+
+#include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "../bindings/checks.h"
+#include "../bindings/layout.h"
+
+namespace gradacc {
+
+namespace autograd = torch::autograd;
+
+class GradHooks::PreHook : public autograd::FunctionPreHook {
+ public:
+  PreHook(std::weak_ptr<GradHooks> hooks, int64_t index)
+      : hooks_(std::move(hooks)), index_(index) {}
+
+  autograd::variable_list operator()(const autograd::variable_list& grads) override {
+    const auto hooks = hooks_.lock();
+    if (hooks && hooks->consume(index_, grads.at(0))) return {at::Tensor()};
+    return grads;
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {
+    TORCH_CHECK(
+        false,
+        "gradacc_kernels: compiled autograd cannot trace the C++ gradient hook. Attach with "
+        "backend='triton' or backend='reference', whose hook is Python, or turn compiled "
+        "autograd off.");
+  }
+
+  bool belongs_to(const GradHooks* hooks) const { return hooks_.lock().get() == hooks; }
+
+ private:
+  std::weak_ptr<GradHooks> hooks_;
+  int64_t index_;
+};
+
+// Small gradients of one backward. The engine's callback owns it, so a backward that raises drops
+// what is still waiting, and leaves `.grad` as it was.
+struct GradHooks::Queue {
+  int graph_task;
+  std::optional<c10::Stream> stream;  // on which the gradients were queued, and are added
+  std::vector<Entry> entries;
+  int64_t bytes = 0;
+  int64_t batch = 0;  // counts the launches
+};
+
+namespace {
+
+std::optional<c10::Stream> current_stream(at::Device device) {
+  if (device.is_cpu()) return std::nullopt;
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+}
+
+}  // namespace
+
+GradHooks::GradHooks(std::vector<at::Tensor> params, std::vector<at::Tensor> main_grads,
+                     std::vector<at::Tensor> partials, double scale, at::Tensor inv_scale,
+                     int64_t queue_below, int64_t queue_bytes)
+    : device_(inv_scale.device()),
+      backend_(check_backend({"attach", "parameters"}, inv_scale.device())),
+      scale_(check_scale("attach", scale)),
+      inv_scale_(std::move(inv_scale)),
+      queue_below_(queue_below),
+      queue_bytes_(queue_bytes) {
+  check_scalar({"attach", "inv_scale"}, inv_scale_, device_);
+  check_length({"attach", "main_grads"}, main_grads.size(), params.size());
+  check_length({"attach", "partials"}, partials.size(), params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    const auto index = static_cast<int64_t>(i);
+    check_main({"attach", "main_grads", index}, main_grads[i], device_);
+    check_partials({"attach", "partials", index}, partials[i], main_grads[i]);
+    Param param;
+    param.dtype = params[i].scalar_type();
+    param.variable = std::move(params[i]);
+    param.main = std::move(main_grads[i]);
+    param.partials = std::move(partials[i]);
+    params_.push_back(std::move(param));
+  }
+}
+
+void GradHooks::install(int64_t index) {
+  Param& param = params_[index];
+  param.node = autograd::impl::grad_accumulator(param.variable);
+  if (!param.node) return;  // frozen
+  for (const auto& hook : param.node->pre_hooks()) {
+    const auto* ours = dynamic_cast<const PreHook*>(hook.get());
+    if (ours && ours->belongs_to(this)) return;
+  }
+  param.node->add_pre_hook(std::make_unique<PreHook>(weak_from_this(), index));
+}
+
+bool GradHooks::refresh() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (removed_) return true;
+  const auto stream = current_stream(device_);
+  for (size_t i = 0; i < params_.size(); ++i) {
+    Param& param = params_[i];
+    const at::Tensor& variable = param.variable;
+    if (variable.scalar_type() != param.dtype || variable.device() != device_ ||
+        variable.sizes() != param.main.sizes() ||
+        (!same_layout(variable, param.main) && variable.is_non_overlapping_and_dense()))
+      return false;
+    if (autograd::impl::try_get_grad_accumulator(variable) != param.node || !param.node) {
+      install(i);
+    } else if (stream && param.node->stream() != stream && param.node.use_count() == 1 &&
+               param.node->post_hooks().empty() && param.node->pre_hooks().size() == 1) {
+      // Nobody else knows this node, so a new one, of the current stream, can take its place.
+      param.node = nullptr;
+      install(i);
+    }
+  }
+  return true;
+}
+
+void GradHooks::remove() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  removed_ = true;
+  for (Param& param : params_) {
+    if (!param.node) continue;
+    auto& hooks = param.node->pre_hooks();
+    hooks.erase(std::remove_if(hooks.begin(), hooks.end(),
+                               [this](const auto& hook) {
+                                 const auto* ours = dynamic_cast<const PreHook*>(hook.get());
+                                 return ours && ours->belongs_to(this);
+                               }),
+                hooks.end());
+    param.node = nullptr;
+  }
+}
+
+void GradHooks::expose(int64_t index) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Param& param = params_.at(index);
+  open(param);
+  param.statistics_version.reset();
+}
+
+void GradHooks::invalidate() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (Param& param : params_) param.statistics_version.reset();
+}
+
+bool GradHooks::statistics_valid(int64_t index) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const Param& param = params_.at(index);
+  const at::Tensor& grad = param.variable.mutable_grad();
+  return grad.defined() && grad.is_same(param.exposed) && is_ours(grad, param) &&
+         param.statistics_version == static_cast<int64_t>(grad._version());
+}
+
+std::optional<at::Tensor> GradHooks::current(int64_t index) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const Param& param = params_.at(index);
+  const at::Tensor& grad = param.variable.mutable_grad();
+  if (!grad.defined()) return std::nullopt;
+  return is_ours(grad, param) || was_cast(grad, param) ? param.main : grad;
+}
+
+// By address, not by identity: Module.to() writes another tensor into the `.grad` object.
+bool GradHooks::is_ours(const at::Tensor& grad, const Param& param) const {
+  return grad.layout() == at::kStrided && grad.scalar_type() == param.main.scalar_type() &&
+         grad.const_data_ptr() == param.main.const_data_ptr() && grad.device() == device_ &&
+         same_layout(grad, param.main);
+}
+
+// Module.to(dtype) cast our view in place. The sums in main are the exact ones.
+bool GradHooks::was_cast(const at::Tensor& grad, const Param& param) const {
+  return grad.is_same(param.exposed) && grad.scalar_type() != param.main.scalar_type();
+}
+
+// Makes `.grad` a view of main that holds what `.grad` held; true when there was none, so that main
+// must be stored to.
+bool GradHooks::open(Param& param) {
+  at::Tensor& grad = param.variable.mutable_grad();
+  const bool begins = !grad.defined();
+  if (!begins) {
+    if (is_ours(grad, param)) return false;
+    if (!was_cast(grad, param)) {
+      const at::NoGradGuard no_grad;
+      const at::Tensor value = grad.layout() == at::kStrided ? grad : grad.to_dense();
+      param.main.copy_(value.is_alias_of(param.main) ? value.clone() : value);
+    }
+  }
+  // A tensor of its own over main's memory, with a version counter of its own.
+  param.exposed = param.main.variable_data();
+  grad = param.exposed;
+  return begins;
+}
+
+void GradHooks::commit(const std::vector<Entry>& entries) {
+  items_.clear();
+  for (const Entry& entry : entries) {
+    Param& param = *entry.param;
+    const bool store = open(param);
+    items_.push_back({static_cast<float*>(param.main.data_ptr()), entry.grad.const_data_ptr(),
+                      static_cast<float*>(param.partials.data_ptr()), param.main.numel(),
+                      grad_type(entry.grad), store});
+  }
+  backend_.accumulate(items_, scale_, static_cast<const float*>(inv_scale_.const_data_ptr()),
+                      device_);
+  for (const Entry& entry : entries) {
+    const at::Tensor& grad = entry.param->variable.mutable_grad();
+    grad.unsafeGetTensorImpl()->bump_version();
+    entry.param->statistics_version = static_cast<int64_t>(grad._version());
+  }
+}
+
+bool GradHooks::consume(int64_t index, const at::Tensor& grad) {
+  // With grad mode on (create_graph) only stock accumulation keeps `.grad` differentiable.
+  if (!grad.defined() || at::GradMode::is_enabled() || grad.key_set().has(c10::DispatchKey::Python))
+    return false;
+  Param& param = params_[index];
+  if (!param.variable.requires_grad()) return false;  // frozen since forward: AccumulateGrad skips
+  TORCH_CHECK(grad.sizes() == param.main.sizes() && grad.device() == device_,
+              "gradacc_kernels: a parameter attached with shape ", param.main.sizes(), " on ",
+              device_, " received a gradient of shape ", grad.sizes(), " on ", grad.device(),
+              ". Call Accumulator.refresh() after moving parameters; detach and attach again after "
+              "reshaping them.");
+  TORCH_CHECK(!grad.is_complex(), "gradacc_kernels: cannot accumulate a complex gradient");
+  const auto type = grad.scalar_type();
+  const bool is_supported = type == at::kHalf || type == at::kBFloat16 || type == at::kFloat;
+  Entry entry{&param, in_layout_of(is_supported ? grad : grad.to(at::kFloat), param.main)};
+
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (removed_) return false;
+  // An earlier gradient of this parameter goes first: it may be the one that stores.
+  if (const auto queue = param.queue.lock(); queue && queue->batch == param.batch) flush(*queue);
+  // Other hooks on the parameter read `.grad` as soon as we return.
+  const bool is_watched = !param.node || !param.node->post_hooks().empty() ||
+                          autograd::impl::post_acc_grad_hooks(param.variable) != nullptr;
+  if (static_cast<int64_t>(entry.grad.nbytes()) < queue_below_ && !is_watched &&
+      autograd::get_current_graph_task_id() >= 0) {
+    enqueue(std::move(entry));
+  } else {
+    commit({std::move(entry)});
+  }
+  return true;
+}
+
+void GradHooks::enqueue(Entry entry) {
+  const int graph_task = autograd::get_current_graph_task_id();
+  const auto stream = current_stream(device_);
+  std::shared_ptr<Queue> queue;
+  queues_.erase(std::remove_if(queues_.begin(), queues_.end(),
+                               [](const auto& weak) { return weak.expired(); }),
+                queues_.end());
+  for (const auto& weak : queues_) {
+    auto candidate = weak.lock();
+    if (candidate && candidate->graph_task == graph_task) queue = std::move(candidate);
+  }
+  if (!queue) {
+    queue = std::make_shared<Queue>();
+    queue->graph_task = graph_task;
+    queues_.push_back(queue);
+    autograd::Engine::get_default_engine().queue_callback([self = shared_from_this(), queue] {
+      const std::lock_guard<std::mutex> lock(self->mutex_);
+      self->flush(*queue);
+    });
+  }
+  if (queue->stream != stream) flush(*queue);
+  queue->stream = stream;
+  entry.param->queue = queue;
+  entry.param->batch = queue->batch;
+  queue->bytes += static_cast<int64_t>(entry.grad.nbytes());
+  queue->entries.push_back(std::move(entry));
+  if (queue->bytes >= queue_bytes_) flush(*queue);
+}
+
+// On the stream on which the gradients were queued, so that they need no record_stream; the stream
+// of the caller then waits for it.
+void GradHooks::flush(Queue& queue) {
+  if (queue.entries.empty()) return;
+  const auto entries = std::exchange(queue.entries, {});
+  queue.bytes = 0;
+  ++queue.batch;
+  if (removed_) return;
+  const auto caller = current_stream(device_);
+  if (queue.stream == caller) {
+    commit(entries);
+    return;
+  }
+  {
+    const c10::StreamGuard guard(*queue.stream);
+    commit(entries);
+  }
+  c10::Event added(device_.type());
+  added.record(*queue.stream);
+  added.block(*caller);
+}
+
+}  // namespace gradacc

@@ -1,0 +1,99 @@
+// The hook that takes a parameter's micro-batch gradient from autograd and adds it to the main
+// gradient, and the state it works on.
+
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "../bindings/backend.h"
+
+namespace gradacc {
+
+// Pre-hooks on the AccumulateGrad nodes of the parameters of one device. Each consumes the gradient
+// and returns none, so that `.grad` is ours alone:
+//
+//   .grad before               what the hook does
+//   none                       main = s * grad, .grad = a view of main
+//   the view                   main = fma(grad, s, main)
+//   the view, cast by .to()    the view again, then adds: main still holds the float32 sums
+//   another tensor             main = .grad, .grad = the view, then adds
+//
+// with s = scale * inv_scale. A gradient of at least `queue_below` bytes is added when it arrives;
+// smaller ones wait for a launch of their own, at `queue_bytes` and at the end of backward.
+//
+// The nodes, and with them the parameters, live as long as this object; the hooks hold it weakly.
+// All methods may be called without the GIL, and must be: the engine's threads take the mutex first
+// and may need the GIL inside.
+class GradHooks : public std::enable_shared_from_this<GradHooks> {
+ public:
+  // main_grads: dense float32, in the layout of their parameters. partials: their slots.
+  GradHooks(std::vector<at::Tensor> params, std::vector<at::Tensor> main_grads,
+            std::vector<at::Tensor> partials, double scale, at::Tensor inv_scale,
+            int64_t queue_below, int64_t queue_bytes);
+
+  // Installs the hook where the node died or was made on a stream other than the current one.
+  // False when a parameter's dtype, device, shape or strides are no longer those of construction.
+  bool refresh();
+  // Ends the hook's work; the parameters' `.grad` stays as it is.
+  void remove();
+  // Makes a parameter's `.grad` a view of main, with the value that `.grad` had.
+  void expose(int64_t index);
+  // Declares the statistics slots stale.
+  void invalidate();
+  // Whether the slots of a parameter describe its `.grad`, as far as version counters tell.
+  bool statistics_valid(int64_t index);
+  // What the parameter's window has summed so far, or none: main, unless `.grad` is another tensor.
+  std::optional<at::Tensor> current(int64_t index);
+
+ private:
+  class PreHook;
+  struct Queue;
+
+  struct Param {
+    at::Tensor variable;
+    at::Tensor main;
+    at::Tensor partials;
+    at::ScalarType dtype;
+    at::Tensor exposed;  // the tensor last made `.grad`
+    std::optional<int64_t> statistics_version;
+    decltype(torch::autograd::impl::grad_accumulator(at::Tensor())) node;
+    std::weak_ptr<Queue> queue;  // where a gradient may be waiting
+    int64_t batch = -1;          // of that queue
+  };
+
+  struct Entry {
+    Param* param;
+    at::Tensor grad;  // in the layout of main
+  };
+
+  bool consume(int64_t index, const at::Tensor& grad);
+  void install(int64_t index);
+  bool is_ours(const at::Tensor& grad, const Param& param) const;
+  bool was_cast(const at::Tensor& grad, const Param& param) const;
+  bool open(Param& param);
+  void commit(const std::vector<Entry>& entries);
+  void enqueue(Entry entry);
+  void flush(Queue& queue);
+
+  const at::Device device_;
+  const Backend& backend_;
+  const float scale_;
+  const at::Tensor inv_scale_;
+  const int64_t queue_below_;
+  const int64_t queue_bytes_;
+
+  std::mutex mutex_;
+  bool removed_ = false;
+  std::vector<Param> params_;
+  std::vector<std::weak_ptr<Queue>> queues_;  // one for each backward under way
+  std::vector<Accumulation> items_;           // scratch of commit
+};
+
+}  // namespace gradacc

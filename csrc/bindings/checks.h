@@ -1,0 +1,152 @@
+// Every check of an argument, and the message it fails with. A check reads metadata only, and all
+// checks of a call come before its first write.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <ostream>
+#include <utility>
+#include <vector>
+
+#include "backend.h"
+
+namespace gradacc {
+
+// An argument by its name in Python: "accumulate_: grad", "multi_accumulate_: grads[3]".
+struct Argument {
+  const char* op;
+  const char* name;
+  int64_t index = -1;
+
+  friend std::ostream& operator<<(std::ostream& out, const Argument& a) {
+    out << a.op << ": " << a.name;
+    if (a.index >= 0) out << '[' << a.index << ']';
+    return out;
+  }
+};
+
+inline const char* dtype_name(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return "torch.float32";
+    case at::kDouble:
+      return "torch.float64";
+    case at::kHalf:
+      return "torch.float16";
+    case at::kBFloat16:
+      return "torch.bfloat16";
+    default:
+      return c10::toString(type);
+  }
+}
+
+inline const Backend& check_backend(const Argument& what, at::Device device) {
+  const Backend* backend = find_backend(device);
+  TORCH_CHECK_VALUE(backend, what, " must be on a device that the compiled extension serves, got ",
+                    device);
+  return *backend;
+}
+
+inline void check_float32(const Argument& what, const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, what, " must be torch.float32, got ",
+                   dtype_name(tensor.scalar_type()));
+}
+
+inline void check_device(const Argument& what, const at::Tensor& tensor, at::Device device) {
+  TORCH_CHECK_VALUE(tensor.device() == device, what, " must be on ", device, ", got ",
+                    tensor.device());
+}
+
+inline void check_main(const Argument& what, const at::Tensor& main, at::Device device) {
+  check_float32(what, main);
+  TORCH_CHECK_VALUE(main.layout() == at::kStrided && main.is_non_overlapping_and_dense(), what,
+                    " must be dense in memory, without gaps or overlap, got sizes ", main.sizes(),
+                    main.layout() == at::kStrided ? " with other strides" : " of a sparse layout");
+  TORCH_CHECK_VALUE(!main.requires_grad(), what,
+                    " must not require grad: pass a detached tensor or its .data");
+  check_device(what, main, device);
+}
+
+inline void check_grad(const Argument& what, const at::Tensor& grad, const at::Tensor& main) {
+  const auto type = grad.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kHalf || type == at::kBFloat16 || type == at::kFloat, what,
+                   " must be torch.float16, torch.bfloat16 or torch.float32, got ",
+                   dtype_name(type));
+  TORCH_CHECK_VALUE(grad.sizes() == main.sizes(), what,
+                    " must have the shape of its main gradient, ", main.sizes(), ", got ",
+                    grad.sizes());
+  check_device(what, grad, main.device());
+}
+
+inline void check_partials(const Argument& what, const at::Tensor& partials,
+                           const at::Tensor& main) {
+  check_float32(what, partials);
+  TORCH_CHECK_VALUE(partials.dim() == 1 && partials.is_contiguous() &&
+                        partials.numel() == num_chunks(main.numel()),
+                    what, " must be contiguous of shape [num_chunks(numel)] = [",
+                    num_chunks(main.numel()), "], got ", partials.sizes());
+  check_device(what, partials, main.device());
+}
+
+// A device scalar: a float32 tensor of one element.
+inline void check_scalar(const Argument& what, const at::Tensor& scalar, at::Device device) {
+  check_float32(what, scalar);
+  TORCH_CHECK_VALUE(scalar.numel() == 1, what, " must hold one element, got shape ",
+                    scalar.sizes());
+  check_device(what, scalar, device);
+}
+
+inline float check_scale(const char* op, double scale) {
+  const float rounded = static_cast<float>(scale);
+  TORCH_CHECK_VALUE(std::isfinite(rounded), op, ": scale must be finite in float32, got ", scale);
+  return rounded;
+}
+
+inline void check_length(const Argument& what, size_t got, size_t expected) {
+  TORCH_CHECK_VALUE(got == expected, what, " must have one entry per main gradient, ", expected,
+                    ", got ", got);
+}
+
+// No element may be written twice in a pass, or written and read at different indices.
+class OverlapCheck {
+ public:
+  OverlapCheck(const Argument& what, const std::vector<at::Tensor>& mains) {
+    ranges_.reserve(mains.size());
+    for (const auto& main : mains)
+      if (main.numel() > 0) ranges_.push_back(range_of(main));
+    if (!std::is_sorted(ranges_.begin(), ranges_.end())) std::sort(ranges_.begin(), ranges_.end());
+    for (size_t i = 1; i < ranges_.size(); ++i)
+      TORCH_CHECK_VALUE(ranges_[i - 1].second <= ranges_[i].first, what,
+                        " must not overlap in memory: an element can be updated once a call");
+  }
+
+  // A float32 grad may be its main gradient itself, but no other part of one.
+  void check_grad(const Argument& what, const at::Tensor& grad, const at::Tensor& main) const {
+    if (ranges_.empty() || grad.numel() == 0) return;
+    const Range range = range_of(grad);
+    if (range.second <= ranges_.front().first || range.first >= ranges_.back().second) return;
+    if (range == range_of(main)) return;
+    const auto next = std::upper_bound(
+        ranges_.begin(), ranges_.end(), range.first,
+        [](uintptr_t address, const Range& other) { return address < other.second; });
+    TORCH_CHECK_VALUE(next == ranges_.end() || range.second <= next->first, what,
+                      " must not overlap a main gradient in memory: pass a clone");
+  }
+
+ private:
+  using Range = std::pair<uintptr_t, uintptr_t>;
+
+  static Range range_of(const at::Tensor& dense) {
+    const auto begin = reinterpret_cast<uintptr_t>(dense.const_data_ptr());
+    return {begin, begin + dense.numel() * dense.element_size()};
+  }
+
+  std::vector<Range> ranges_;
+};
+
+}  // namespace gradacc

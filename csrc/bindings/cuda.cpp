@@ -1,0 +1,48 @@
+// The CUDA backend: device guard, current stream, error codes.
+
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "backend.h"
+
+namespace gradacc {
+namespace {
+
+void check(int code, const char* kernel) {
+  TORCH_CHECK(code == 0, "gradacc_kernels: the ", kernel,
+              " kernel could not be launched: ", cuda::error_string(code));
+}
+
+void accumulate(const std::vector<Accumulation>& items, float scale, const float* inv_scale,
+                at::Device device) {
+  const c10::cuda::CUDAGuard guard(device);
+  check(cuda::accumulate(items.data(), items.size(), scale, inv_scale,
+                         c10::cuda::getCurrentCUDAStream()),
+        "accumulate");
+}
+
+void sum_of_squares(const std::vector<Squares>& items, at::Device device) {
+  const c10::cuda::CUDAGuard guard(device);
+  check(cuda::sum_of_squares(items.data(), items.size(), c10::cuda::getCurrentCUDAStream()),
+        "sum_of_squares");
+}
+
+void scale(const std::vector<Scaling>& items, const float* factor, at::Device device) {
+  const c10::cuda::CUDAGuard guard(device);
+  check(cuda::scale(items.data(), items.size(), factor, c10::cuda::getCurrentCUDAStream()),
+        "scale");
+}
+
+void reduce(const std::vector<Slots>& items, float* sums, float* norm, float* found_inf,
+            at::Device device) {
+  const c10::cuda::CUDAGuard guard(device);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  check(cuda::reduce(items.data(), items.size(), sums, stream), "reduce");
+  check(cuda::norm(sums, items.size(), norm, found_inf, stream), "norm");
+}
+
+}  // namespace
+
+const Backend kCudaBackend = {accumulate, sum_of_squares, scale, reduce};
+
+}  // namespace gradacc

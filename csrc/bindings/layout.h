@@ -1,0 +1,38 @@
+// Brings a gradient into the memory order of its main gradient, whatever layout it arrives in.
+
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "../kernels.h"
+
+namespace gradacc {
+
+inline GradType grad_type(const at::Tensor& grad) {
+  switch (grad.scalar_type()) {
+    case at::kHalf:
+      return GradType::kFloat16;
+    case at::kBFloat16:
+      return GradType::kBFloat16;
+    default:
+      return GradType::kFloat32;
+  }
+}
+
+// Strides of dimensions of size 1 say nothing about memory.
+inline bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+// `grad` with its elements where main's are: itself when it has that layout, else a copy of it. A
+// sparse gradient becomes float32 before its duplicate indices are summed, so that nothing is
+// rounded to 16 bits.
+inline at::Tensor in_layout_of(const at::Tensor& grad, const at::Tensor& main) {
+  if (grad.layout() != at::kStrided) return in_layout_of(grad.to(at::kFloat).to_dense(), main);
+  if (grad.numel() == 0 || (same_layout(grad, main) && !grad.is_neg())) return grad;
+  return at::empty_strided(main.sizes(), main.strides(), grad.options()).copy_(grad);
+}
+
+}  // namespace gradacc

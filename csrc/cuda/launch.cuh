@@ -1,0 +1,113 @@
+// One launch for many tensors: the list travels as a kernel argument, each block finds its chunk.
+//
+// A table holds up to kCapacity tensors and the running count of their chunks; block b serves the
+// chunk c with first_chunk[i] <= b < first_chunk[i + 1]. The kernel argument space holds 32 KB from
+// CUDA 12.1 on (sm_70 and later), 4 KB before. Small lists take a small table, because the driver
+// copies the whole argument on every launch.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../kernels.h"
+
+namespace gradacc::cuda {
+
+constexpr int kThreads = 128;
+constexpr int kWarpSize = 32;
+
+#if CUDART_VERSION >= 12010
+constexpr int kMaxCapacity = 640;
+#else
+constexpr int kMaxCapacity = 80;
+#endif
+constexpr int kSmallCapacity = 32;
+
+template <typename Item, int kCapacity>
+struct Table {
+  static constexpr int kItems = kCapacity;
+  Item items[kCapacity];
+  int32_t first_chunk[kCapacity + 1];
+  int32_t count;
+
+  // The tensor that owns a chunk. The array lies in constant memory and the whole block asks for
+  // the same entry, so a step of the search is one broadcast.
+  __device__ int find(int32_t chunk) const {
+    if constexpr (kCapacity == 1) return 0;
+    int low = 0, high = count;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (first_chunk[middle] <= chunk) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+};
+
+// Sum over the block, in a fixed order; valid in thread 0.
+template <typename T>
+__device__ T block_sum(T value) {
+  __shared__ T warps[kThreads / kWarpSize];
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
+    value += __shfl_down_sync(0xffffffffu, value, offset);
+  if (threadIdx.x % kWarpSize == 0) warps[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    value = warps[0];
+    for (int w = 1; w < kThreads / kWarpSize; ++w) value += warps[w];
+  }
+  return value;
+}
+
+// Sum of squares of what one thread saw, NaN when some value was not finite: x * 0 is 0 for a
+// finite x and NaN otherwise, while an overflowing sum of squares is inf.
+struct SquareSum {
+  float squares = 0.f;
+  float poison = 0.f;
+  __device__ void add(float x) {
+    squares = fmaf(x, x, squares);
+    poison = fmaf(x, 0.f, poison);
+  }
+  __device__ float total() const { return squares + poison; }
+};
+
+// Fills tables of kCapacity with the non-empty items and launches each: launch(table, chunks).
+template <int kCapacity, typename Item, typename Launch>
+cudaError_t launch_tables(const Item* items, int64_t count, const Launch& launch) {
+  constexpr int64_t kMaxChunks = INT32_MAX;
+  Table<Item, kCapacity> table;
+  for (int64_t next = 0; next < count;) {
+    int64_t chunks = 0;
+    table.count = 0;
+    for (; next < count && table.count < kCapacity; ++next) {
+      const int64_t more = num_chunks(items[next].numel);
+      if (more == 0) continue;
+      if (more > kMaxChunks) return cudaErrorInvalidValue;
+      if (chunks + more > kMaxChunks) break;
+      table.items[table.count] = items[next];
+      table.first_chunk[table.count++] = static_cast<int32_t>(chunks);
+      chunks += more;
+    }
+    table.first_chunk[table.count] = static_cast<int32_t>(chunks);
+    if (table.count == 0) continue;
+    launch(table, static_cast<int32_t>(chunks));
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+template <typename Item, typename Launch>
+cudaError_t launch_list(const Item* items, int64_t count, const Launch& launch) {
+  if (count == 1) return launch_tables<1>(items, count, launch);
+  if (count <= kSmallCapacity) return launch_tables<kSmallCapacity>(items, count, launch);
+  return launch_tables<kMaxCapacity>(items, count, launch);
+}
+
+}  // namespace gradacc::cuda

@@ -1,0 +1,171 @@
+"""Every check of an op's arguments for the backends in Python, with the messages of csrc's checks.
+
+A check reads metadata only, and all checks of a call come before its first write.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import torch
+
+CHUNK_SIZE = 2048
+GRAD_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def num_chunks(numel: int) -> int:
+    """Returns the number of chunks, and so of statistics slots, of a tensor of ``numel`` elements.
+
+    The same on every backend: ceil(numel / CHUNK_SIZE).
+    """
+    return -(-numel // CHUNK_SIZE)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Tells whether a strided tensor covers its memory without gaps or overlap."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def check_scale(op: str, scale: float) -> None:
+    """Refuses a scale that is not finite in float32."""
+    try:
+        struct.pack("f", scale)
+        is_finite = math.isfinite(scale)
+    except OverflowError:
+        is_finite = False
+    if not is_finite:
+        raise ValueError(f"{op}: scale must be finite in float32, got {scale}")
+
+
+def _check_dtype(what, tensor, dtypes):
+    if tensor.dtype not in dtypes:
+        names = [str(dtype) for dtype in dtypes]
+        expected = " or ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+        raise TypeError(f"{what} must be {expected}, got {tensor.dtype}")
+
+
+def _check_device(what, tensor, device):
+    if tensor.device != device:
+        raise ValueError(f"{what} must be on {device}, got {tensor.device}")
+
+
+def _check_main(what, main, device, dtypes):
+    _check_dtype(what, main, dtypes)
+    is_strided = main.layout == torch.strided
+    if not is_strided or (main.numel() and not is_dense(main)):
+        got = "with other strides" if is_strided else "of a sparse layout"
+        raise ValueError(
+            f"{what} must be dense in memory, without gaps or overlap, got sizes "
+            f"{list(main.shape)} {got}"
+        )
+    if main.requires_grad:
+        raise ValueError(f"{what} must not require grad: pass a detached tensor or its .data")
+    _check_device(what, main, device)
+
+
+def _check_scalar(what, scalar, device):
+    _check_dtype(what, scalar, (torch.float32,))
+    if scalar.numel() != 1:
+        raise ValueError(f"{what} must hold one element, got shape {list(scalar.shape)}")
+    _check_device(what, scalar, device)
+
+
+def _check_length(what, got, expected):
+    if got != expected:
+        raise ValueError(f"{what} must have one entry per main gradient, {expected}, got {got}")
+
+
+def _address_range(tensor):
+    begin = tensor.data_ptr()
+    if tensor.layout != torch.strided or tensor.numel() == 0:
+        return begin, begin
+    span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return begin, begin + span * tensor.element_size()
+
+
+def _check_overlap(what, mains):
+    ranges = sorted(_address_range(main) for main in mains if main.numel())
+    for (_, end), (begin, _) in zip(ranges, ranges[1:], strict=False):
+        if end > begin:
+            raise ValueError(
+                f"{what} must not overlap in memory: an element can be updated once a call"
+            )
+    return ranges
+
+
+def check_accumulate(
+    op, mains, grads, scale, inv_scale, stores, partials, *, is_list=False, main_dtypes
+):
+    """Checks the arguments of accumulate_ and multi_accumulate_."""
+    main_name, grad_name = (f"{op}: {name}" for name in ("main_grad", "grad"))
+    if is_list:
+        main_name, grad_name = main_name + "s", grad_name + "s"
+    check_scale(op, scale)
+    _check_length(grad_name, len(grads), len(mains))
+    if stores:
+        _check_length(f"{op}: stores", len(stores), len(mains))
+    if partials:
+        _check_length(f"{op}: partials", len(partials), len(mains))
+    if not mains:
+        return
+    device = mains[0].device
+    if inv_scale is not None:
+        _check_scalar(f"{op}: inv_scale", inv_scale, device)
+    for i, (main, grad) in enumerate(zip(mains, grads, strict=True)):
+        index = f"[{i}]" if is_list else ""
+        _check_main(main_name + index, main, device, main_dtypes)
+        what = grad_name + index
+        is_double = main.dtype == torch.float64
+        _check_dtype(what, grad, (*GRAD_DTYPES, torch.float64) if is_double else GRAD_DTYPES)
+        if grad.shape != main.shape:
+            raise ValueError(
+                f"{what} must have the shape of its main gradient, {list(main.shape)}, got "
+                f"{list(grad.shape)}"
+            )
+        _check_device(what, grad, device)
+        if partials:
+            what, slots = f"{op}: partials{index}", partials[i]
+            _check_dtype(what, slots, (main.dtype,))
+            chunks = num_chunks(main.numel())
+            if slots.shape != (chunks,) or not slots.is_contiguous():
+                raise ValueError(
+                    f"{what} must be contiguous of shape [num_chunks(numel)] = [{chunks}], got "
+                    f"{list(slots.shape)}"
+                )
+            _check_device(what, slots, device)
+    ranges = _check_overlap(main_name, mains)
+    for i, (main, grad) in enumerate(zip(mains, grads, strict=True)):
+        begin, end = _address_range(grad)
+        if begin == end or (begin, end) == _address_range(main) and grad.dtype == main.dtype:
+            continue
+        if any(begin < other_end and other_begin < end for other_begin, other_end in ranges):
+            index = f"[{i}]" if is_list else ""
+            raise ValueError(
+                f"{grad_name}{index} must not overlap a main gradient in memory: pass a clone"
+            )
+
+
+def check_stats(tensors, are_partials, *, main_dtypes):
+    """Checks the arguments of grad_stats."""
+    name = "grad_stats: partials" if are_partials else "grad_stats: main_grads"
+    if not tensors:
+        raise ValueError(f"{name} must hold at least one tensor, got none")
+    for i, tensor in enumerate(tensors):
+        _check_main(f"{name}[{i}]", tensor, tensors[0].device, main_dtypes)
+
+
+def check_scale_(mains, factor, *, main_dtypes):
+    """Checks the arguments of scale_."""
+    if not mains:
+        return
+    _check_scalar("scale_: factor", factor, mains[0].device)
+    for i, main in enumerate(mains):
+        _check_main(f"scale_: main_grads[{i}]", main, mains[0].device, main_dtypes)
+    _check_overlap("scale_: main_grads", mains)

@@ -1,0 +1,576 @@
+"""attach: main gradients in place of ``.grad`` summation, for a model or a list of parameters.
+
+The parts, from a gradient's point of view: a hook on the parameter's AccumulateGrad node
+(csrc/autograd/hook.cpp, or python_hook.py) takes it, a kernel adds it (dispatch.py, ops.py), into
+the flat buffer (buffer.py) of which ``.grad`` is a view.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from gradacc_kernels import checks, dispatch, ops
+from gradacc_kernels.buffer import FlatBuffer
+from gradacc_kernels.python_hook import PythonHooks
+
+PARAM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# A gradient of fewer bytes waits for a common launch; so many bytes wait at the most. On the CPU a
+# launch costs nothing, so nothing waits.
+QUEUE_BELOW = {"cuda": 1 << 20, "cpu": 0}
+QUEUE_BYTES = 32 << 20
+
+# Which attachment covers a parameter, and at which of its groups' indices.
+_covered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+class _MainGrad:
+    """``param.main_grad``: the main gradient of a covered parameter.
+
+    A descriptor of the class and not an attribute of the parameter, so that copying, pickling or
+    saving a model does not write the flat buffer along. It has no ``__set__``: code that assigns
+    ``param.main_grad`` itself gets the ordinary attribute.
+    """
+
+    def __get__(self, param, owner):
+        if param is None:
+            return self
+        group, index = _find(param)
+        if group is None:
+            raise AttributeError(f"'{owner.__name__}' object has no attribute 'main_grad'")
+        return group.buffer.views[index]
+
+
+torch.Tensor.main_grad = _MainGrad()
+
+
+def _find(param: Tensor) -> tuple[_Group, int] | tuple[None, None]:
+    reference, index = _covered.get(param, (None, None))
+    group = reference() if reference is not None else None
+    return (group, index) if group is not None else (None, None)
+
+
+class _Group:
+    """The covered parameters of one device and main-gradient dtype: their storage and hooks."""
+
+    def __init__(
+        self,
+        names: list[str],
+        params: list[Tensor],
+        scale: float,
+        inv_scale: Tensor,
+        backend: str,
+    ):
+        self.names = names
+        self.backend = backend
+        self.device = params[0].device
+        self.dtype = main_dtype(params[0])
+        self.buffer = FlatBuffer(params, self.dtype)
+        arguments = (
+            params,
+            self.buffer.views,
+            self.buffer.slots,
+            scale,
+            inv_scale,
+            QUEUE_BELOW[self.device.type],
+            QUEUE_BYTES,
+        )
+        module = dispatch.module(backend)
+        self.is_native = backend in ("cuda", "cpu")
+        self.hooks: Any = (
+            module.GradHooks(*arguments) if self.is_native else PythonHooks(*arguments, module)
+        )
+
+    def __repr__(self) -> str:
+        elements = sum(view.numel() for view in self.buffer.views)
+        return (
+            f"{len(self.names)} parameters on {self.device}: {elements:,} elements, "
+            f"{self.dtype} main gradients in {_human(self.buffer.flat.nbytes)}, statistics in "
+            f"{_human(self.buffer.partials.nbytes)}, backend {self.backend}, "
+            f"{'C++' if self.is_native else 'Python'} hook"
+        )
+
+
+def main_dtype(param: Tensor) -> torch.dtype:
+    """Returns the dtype of a parameter's main gradient: float32, or float64 for float64."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def _human(nbytes: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} GB"
+
+
+class _Attachment:
+    """What attach makes. A module's forward pre-hook owns it, or the Accumulator of a list does."""
+
+    def __init__(
+        self,
+        params: dict[str, Tensor],
+        scale: float,
+        backend: str,
+        root: torch.nn.Module | None,
+        n_frozen: int,
+    ):
+        self.scale = scale
+        self.requested_backend = backend
+        self.n_frozen = n_frozen
+        self.root = None if root is None else weakref.ref(root)
+        self.params = params
+        self.handle = None
+        self.groups: list[_Group] = []
+        self.inv_scales: dict[torch.device, Tensor] = {}
+        # Parameters whose grad_dtype had to be changed: what it was, and the dtype it was that of.
+        self.grad_dtypes: dict[str, tuple[torch.dtype | None, torch.dtype]] = {}
+        self.watch = None
+        self.build()
+
+    def build(self) -> None:
+        """Makes storage and hooks for the parameters as they are now."""
+        by_kind: dict[tuple, dict[str, Tensor]] = {}
+        for name, param in self.params.items():
+            by_kind.setdefault((param.device, main_dtype(param)), {})[name] = param
+        for device, _ in by_kind:
+            if device not in self.inv_scales:
+                self.inv_scales[device] = torch.ones((), device=device)
+        groups = []
+        for kind, named in by_kind.items():
+            name = "auto" if kind[1] == torch.float64 else self.requested_backend
+            backend = dispatch.choose(*kind, name)
+            names, params = list(named), list(named.values())
+            inv_scale = self.inv_scales[kind[0]]
+            groups.append(_Group(names, params, self.scale, inv_scale, backend))
+        self.groups = groups
+        for group in groups:
+            for index, name in enumerate(group.names):
+                param = self.params[name]
+                _covered[param] = (weakref.ref(group), index)
+                if param.dtype != group.dtype:
+                    # Lets `.grad` be float32, and a gradient of any dtype reach the hook uncast.
+                    self.grad_dtypes.setdefault(name, (param.grad_dtype, param.dtype))
+                    param.grad_dtype = None
+            group.hooks.refresh()
+        self.watch = _watch(self.root() if self.root is not None else None, self.params)
+
+    def refresh(self) -> None:
+        """Follows the parameters to new nodes, streams, dtypes, devices and objects."""
+        is_changed = self.watch is not None and self.watch.is_changed()
+        if is_changed or not all([group.hooks.refresh() for group in self.groups]):
+            self.rebuild()
+
+    def rebuild(self) -> None:
+        """Starts again from the parameters as they are now, with what they have summed."""
+        root = self.root() if self.root is not None else None
+        params = self.params
+        if root is not None:
+            present = dict(root.named_parameters())
+            params = {name: present.get(name, param) for name, param in params.items()}
+        for name, param in params.items():
+            before = self.params[name]
+            if param.shape != before.main_grad.shape:
+                raise RuntimeError(
+                    f"gradacc_kernels: parameter {name} had shape "
+                    f"{list(before.main_grad.shape)} when it was attached, and has "
+                    f"{list(param.shape)} now: detach and attach again"
+                )
+            _check_param(name, param, self.requested_backend)
+        sums = {}
+        for group in self.groups:
+            for index, name in enumerate(group.names):
+                # A parameter object that took another's place brings its own .grad.
+                is_same = params[name] is self.params[name]
+                sums[name] = group.hooks.current(index) if is_same else params[name].grad
+            group.hooks.remove()
+        for name, param in params.items():
+            if param is not self.params[name]:
+                _covered.pop(self.params[name], None)
+                self.grad_dtypes.pop(name, None)
+            param.grad = None
+        self.params = params
+        self.build()
+        for group in self.groups:
+            for index, name in enumerate(group.names):
+                if sums[name] is not None:
+                    params[name].grad = sums[name].to(group.device, group.dtype)
+                    group.hooks.expose(index)
+
+    def detach(self) -> None:
+        """Gives the parameters back to stock autograd, with the gradients that it would hold."""
+        if self.handle is not None:
+            self.handle.remove()
+        for group in self.groups:
+            for index, name in enumerate(group.names):
+                param = self.params[name]
+                value = group.hooks.current(index)
+                _covered.pop(param, None)
+                param.grad = None
+                if name in self.grad_dtypes:
+                    _restore_grad_dtype(param, *self.grad_dtypes[name])
+                if value is not None:
+                    # Never the view itself: it would keep the flat buffer alive.
+                    param.grad = value.to(param.device, param.grad_dtype, copy=True)
+            group.hooks.remove()
+        self.groups = []
+
+    def __del__(self):
+        # Parameters may outlive a model or an Accumulator, and must then train as stock ones do.
+        if not sys.is_finalizing() and self.groups:
+            self.detach()
+
+
+def _restore_grad_dtype(
+    param: Tensor, grad_dtype: torch.dtype | None, of_dtype: torch.dtype
+) -> None:
+    """Sets grad_dtype as it was: explicit, or by default the parameter's dtype, whatever it is."""
+    if grad_dtype != of_dtype:
+        param.grad_dtype = grad_dtype
+        return
+    param.grad_dtype = param.dtype
+    extension = dispatch.extension()
+    if not isinstance(extension, str):
+        extension.follow_own_dtype(param)  # torch's Python API has no way back to the default
+
+
+class _PythonWatch:
+    """Tells whether a module still holds the parameter objects it had."""
+
+    def __init__(self, entries):
+        self._entries = entries
+
+    def is_changed(self) -> bool:
+        """Compares by identity."""
+        return any(owned.get(name) is not param for owned, name, param in self._entries)
+
+
+def _watch(root: torch.nn.Module | None, params: dict[str, Tensor]):
+    if root is None:
+        return None
+    entries = []
+    for path, param in params.items():
+        owner, _, name = path.rpartition(".")
+        entries.append((root.get_submodule(owner)._parameters, name, param))
+    extension = dispatch.extension()
+    return (
+        _PythonWatch(entries) if isinstance(extension, str) else extension.ParameterWatch(entries)
+    )
+
+
+class _RefreshBeforeForward:
+    """The forward pre-hook of an attached module, which owns the attachment.
+
+    Copies and pickles of the module get one that does nothing: they train as stock PyTorch does.
+    """
+
+    def __init__(self, attachment: _Attachment | None = None):
+        self.attachment = attachment
+
+    def __call__(self, module, args):
+        if self.attachment is not None and not torch.compiler.is_compiling():
+            self.attachment.refresh()
+
+    def __reduce__(self):
+        return (_RefreshBeforeForward, ())
+
+
+class Accumulator:
+    """The handle that :func:`attach` returns.
+
+    For a module it holds the attachment weakly: dropping it changes nothing, and keeping it keeps
+    no model alive. For a list of parameters it is the attachment's owner: dropping it detaches.
+    As a context manager it detaches at exit. A copy of it, or a pickle, is detached.
+    """
+
+    def __init__(self, attachment: _Attachment | None = None):
+        self._owned = attachment if attachment is not None and attachment.root is None else None
+        self._reference = weakref.ref(attachment) if attachment is not None else lambda: None
+
+    @property
+    def _attachment(self) -> _Attachment:
+        attachment = self._reference()
+        if attachment is None:
+            raise RuntimeError(
+                "this Accumulator is not attached to anything: it was detached or copied, or its "
+                "model is gone; call gradacc_kernels.attach again"
+            )
+        return attachment
+
+    def refresh(self) -> None:
+        """Follows the parameters after a change that autograd makes no call for.
+
+        A module's forward does this by itself. Call it when you use a submodule directly, or a bare
+        list of parameters, after ``.to()``, ``load_state_dict(assign=True)`` or a change of CUDA
+        stream.
+
+        Raises:
+            RuntimeError: a parameter changed its shape; nothing was changed.
+        """
+        self._attachment.refresh()
+
+    def invalidate(self) -> None:
+        """Declares the statistics of the pass stale.
+
+        Call it after writing to main gradients by a way that moves no version counter: ``.data``,
+        numpy, fused optimizers, ``GradScaler.unscale_``, collectives, replayed graphs.
+        """
+        for group in self._attachment.groups:
+            group.hooks.invalidate()
+
+    def expose(self) -> None:
+        """Sets ``.grad`` to the main gradient on every covered parameter.
+
+        For replayed CUDA graphs, in which no host code runs that could set it. The main gradient of
+        a parameter that had no ``.grad`` holds what was last summed into it.
+        """
+        for group in self._attachment.groups:
+            for index in range(len(group.names)):
+                group.hooks.expose(index)
+
+    def detach(self) -> None:
+        """Restores stock behaviour; calling it again changes nothing.
+
+        ``.grad`` becomes a tensor of the parameter's dtype with the sum so far (rounded to it, for a
+        16-bit parameter), or stays None, and ``grad_dtype`` what it was before attach. The buffers
+        are freed.
+        """
+        attachment = self._reference()
+        if attachment is not None:
+            attachment.detach()
+        self._owned = None
+        self._reference = lambda: None
+
+    def grad_norm(self, *, from_statistics: bool = False) -> Tensor:
+        """Returns sqrt(sum of squares) over the ``.grad`` of all covered parameters.
+
+        Args:
+            from_statistics: read the slots that the accumulation pass wrote, where the version
+                counter of ``.grad`` has not moved since. That costs a few KB of reads in place of 4
+                bytes per element, and is right only if nothing wrote to a main gradient unseen (see
+                :meth:`invalidate`).
+
+        Returns:
+            0-dim float32 tensor on the device of the first parameter; NaN when an element is not
+            finite, 0 when no parameter has a gradient. No host sync.
+        """
+        return self._statistics(from_statistics)[0]
+
+    @property
+    def found_inf(self) -> Tensor:
+        """1 when an element of a covered ``.grad`` is inf or NaN, else 0.
+
+        0-dim float32 tensor on the device of the first parameter, from one pass over the main
+        gradients (4 bytes per element). No host sync.
+        """
+        return self._statistics(False)[1]
+
+    def _statistics(self, from_statistics: bool) -> tuple[Tensor, Tensor]:
+        attachment = self._attachment
+        device = attachment.groups[0].device
+        norms, verdicts = [], []
+        for group in attachment.groups:
+            grads, slots = [], []
+            for index, name in enumerate(group.names):
+                grad = attachment.params[name].grad
+                if grad is None:
+                    continue
+                if from_statistics and group.hooks.statistics_valid(index):
+                    slots.append(group.buffer.slots[index])
+                else:
+                    grads.append(_as_main(grad.detach(), group.dtype))
+            for tensors, kind in ((grads, "main_grads"), (slots, "partials")):
+                if tensors:
+                    _, norm, verdict = ops.grad_stats(**{kind: tensors}, backend=group.backend)
+                    norms.append(norm.to(device, non_blocking=True))
+                    verdicts.append(verdict.to(device, non_blocking=True))
+        if not norms:
+            return torch.zeros((), device=device), torch.zeros((), device=device)
+        if len(norms) == 1:
+            return norms[0].float(), verdicts[0]
+        return torch.linalg.vector_norm(torch.stack(norms).float()), torch.stack(verdicts).amax()
+
+    @property
+    def inv_scale(self) -> Tensor:
+        """A factor for every gradient as it arrives: 0-dim float32 device tensor, 1 at first.
+
+        Write into it, on the device: ``accumulator.inv_scale.copy_(1 / loss_scale)``. For parameters
+        on several devices there is one a device, in :attr:`inv_scales`.
+
+        Raises:
+            RuntimeError: the parameters are on several devices.
+        """
+        tensors = self.inv_scales
+        if len(tensors) > 1:
+            raise RuntimeError(
+                f"the parameters are on {len(tensors)} devices; use Accumulator.inv_scales[device]"
+            )
+        return next(iter(tensors.values()))
+
+    @property
+    def inv_scales(self) -> dict[torch.device, Tensor]:
+        """The factor :attr:`inv_scale` of each device."""
+        return self._attachment.inv_scales
+
+    def __enter__(self) -> Accumulator:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Detaches."""
+        self.detach()
+
+    def __reduce__(self):
+        """Copies and pickles as a detached Accumulator."""
+        return (Accumulator, ())
+
+    def __repr__(self) -> str:
+        """Tells what is covered, and in how many bytes."""
+        attachment = self._reference()
+        if attachment is None:
+            return "Accumulator(detached)"
+        nbytes = sum(group.buffer.nbytes for group in attachment.groups)
+        count = f"{len(attachment.params)} parameters"
+        if attachment.n_frozen:
+            count += f" ({attachment.n_frozen} frozen ones left out)"
+        lines = [f"Accumulator({count}, scale {attachment.scale:g}, {_human(nbytes)})"]
+        return "\n  ".join(lines + [repr(group) for group in attachment.groups])
+
+
+def _as_main(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor that grad_stats takes, for whatever the user may have put into ``.grad``."""
+    if grad.layout != torch.strided:
+        grad = grad.to_dense()
+    grad = grad.to(dtype)
+    return grad if grad.numel() == 0 or checks.is_dense(grad) else grad.contiguous()
+
+
+def _check_param(name: str, param: Tensor, backend: str) -> None:
+    if type(param.data) is not Tensor:
+        raise TypeError(
+            f"attach: parameter {name} is a {type(param.data).__name__}; tensor subclasses are not "
+            "supported"
+        )
+    if param.dtype not in PARAM_DTYPES:
+        raise TypeError(
+            f"attach: parameter {name} must be float16, bfloat16, float32 or float64, got "
+            f"{param.dtype}"
+        )
+    if param.device.type == "meta":
+        raise ValueError(
+            f"attach: parameter {name} is on the meta device; materialise the model first, with "
+            "to_empty() or load_state_dict(assign=True)"
+        )
+    if not param.is_leaf:
+        raise ValueError(f"attach: parameter {name} must be a leaf of the autograd graph")
+    if param.layout != torch.strided:
+        raise ValueError(f"attach: parameter {name} must be strided, got {param.layout}")
+    try:
+        requested = "auto" if param.dtype == torch.float64 else backend
+        dispatch.choose(param.device, main_dtype(param), requested)
+    except ValueError as error:
+        raise ValueError(f"attach: parameter {name}: {error}") from None
+
+
+def attach(
+    model_or_params: torch.nn.Module | Tensor | Iterable[Tensor],
+    *,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> Accumulator:
+    """Makes backward accumulate into float32 main gradients: main = fma(grad, s, main).
+
+    With s = float32(scale) * inv_scale. From then on, ``.grad`` of every covered parameter is its
+    main gradient, a float32 view into one flat buffer, also for a float16 or bfloat16 parameter:
+
+    ================================  ====================================================
+    ``.grad`` when a gradient arrives what happens
+    ================================  ====================================================
+    None                              stored: main = grad * s, and ``.grad`` is the view
+    the view                          added in place
+    zeros in the view                 added in place
+    another tensor                    copied into the view, then added
+    ================================  ====================================================
+
+    ``param.main_grad`` is the main gradient too. A parameter without a gradient keeps ``.grad``
+    None. With ``backward(create_graph=True)`` gradients go to stock accumulation.
+
+    Args:
+        model_or_params: a module, whose parameters that require grad are covered, and whose
+            attachment lives as long as it does; or leaf tensors, covered as long as the returned
+            object lives. float16, bfloat16 and float32 parameters get float32 main gradients,
+            float64 ones float64 through the reference backend.
+        scale: a factor for every gradient, positive and finite: 1 / K for the mean of K
+            micro-batches.
+        backend: ``"auto"`` for the fastest on each device, or ``"cuda"``, ``"triton"``, ``"cpu"`` or
+            ``"reference"``.
+
+    Returns:
+        The :class:`Accumulator`.
+
+    Raises:
+        TypeError: integer or complex parameters, tensor subclasses.
+        ValueError: nothing that requires grad; parameters already attached, on the meta device or
+            on one that no backend serves; a scale that is not positive and finite; an unknown
+            backend. Nothing was changed.
+        RuntimeError: the backend is not available; nothing was changed.
+    """
+    if not isinstance(scale, (int, float)):
+        raise TypeError(f"attach: scale must be a number, got {type(scale).__name__}")
+    checks.check_scale("attach", scale)
+    if not scale > 0 or math.isinf(1 / scale):
+        raise ValueError(f"attach: scale must be positive and finite, got {scale}")
+    if backend != "auto" and backend not in dispatch.BACKENDS:
+        raise ValueError(
+            f"attach: backend must be 'auto' or one of {dispatch.BACKENDS}, got {backend!r}"
+        )
+    root = model_or_params if isinstance(model_or_params, torch.nn.Module) else None
+    named = _named(model_or_params)
+    params = {name: param for name, param in named.items() if param.requires_grad}
+    if not params:
+        raise ValueError(f"attach: none of the {len(named)} parameters requires grad")
+    for name, param in params.items():
+        _check_param(name, param, backend)
+        if _find(param)[0] is not None:
+            raise ValueError(
+                f"attach: parameter {name} is attached already; call detach() on its Accumulator "
+                "first"
+            )
+    attachment = _Attachment(params, float(scale), backend, root, len(named) - len(params))
+    if root is not None:
+        attachment.handle = root.register_forward_pre_hook(_RefreshBeforeForward(attachment))
+    return Accumulator(attachment)
+
+
+def _named(model_or_params) -> dict[str, Tensor]:
+    if isinstance(model_or_params, torch.nn.Module):
+        for name, param in model_or_params.named_parameters():
+            if isinstance(param, torch.nn.parameter.UninitializedTensorMixin):
+                raise ValueError(
+                    f"attach: parameter {name} is uninitialised; run a forward pass first"
+                )
+        return dict(model_or_params.named_parameters())
+    if isinstance(model_or_params, Tensor):
+        model_or_params = [model_or_params]
+    params: Sequence[Tensor] = list(model_or_params)
+    unique: dict[int, tuple[str, Tensor]] = {}
+    for index, param in enumerate(params):
+        if not isinstance(param, Tensor):
+            raise TypeError(
+                f"attach: expected a module or tensors, got {type(param).__name__} at {index}"
+            )
+        if not (param.is_floating_point() or param.is_complex()):
+            raise TypeError(
+                f"attach: parameter {index} must be float16, bfloat16, float32 or float64, got "
+                f"{param.dtype}"
+            )
+        unique.setdefault(id(param), (str(index), param))
+    return dict(unique.values())

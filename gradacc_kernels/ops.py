@@ -1,0 +1,243 @@
+"""The kernels as torch ops: ``torch.ops.gradacc_kernels`` and these typed wrappers.
+
+One formula on every backend, with s = float32(scale) * inv_scale, rounded once:
+
+    add    main = fma(float(grad), s, main)
+    store  main = float(grad) * s
+
+The same inputs give the same bits on each run, and on each backend. Nothing here waits for the
+device. Each wrapper takes ``backend``: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or
+``"reference"`` (see :mod:`gradacc_kernels.dispatch`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradacc_kernels import dispatch
+from gradacc_kernels.checks import CHUNK_SIZE, num_chunks
+
+__all__ = [
+    "CHUNK_SIZE",
+    "accumulate_",
+    "grad_stats",
+    "multi_accumulate_",
+    "num_chunks",
+    "scale_",
+]
+
+_library = torch.library.Library("gradacc_kernels", "DEF")
+_SCHEMAS = {
+    "accumulate_": "(Tensor(a!) main_grad, Tensor grad, *, float scale=1.0, "
+    "Tensor? inv_scale=None, bool store=False, Tensor(b!)? partials=None, "
+    'str backend="auto") -> ()',
+    "multi_accumulate_": "(Tensor(a!)[] main_grads, Tensor[] grads, *, float scale=1.0, "
+    "Tensor? inv_scale=None, bool[] stores=[], Tensor(b!)[] partials, "
+    'str backend="auto") -> ()',
+    "grad_stats": "(Tensor[] tensors, bool are_partials, *, "
+    'str backend="auto") -> (Tensor, Tensor, Tensor)',
+    "scale_": '(Tensor(a!)[] main_grads, Tensor factor, *, str backend="auto") -> ()',
+}
+
+
+def _backend(tensors, backend):
+    first = tensors[0]
+    # Another dtype than float64 is the backend's to refuse, by the name of the argument.
+    dtype = first.dtype if first.dtype == torch.float64 else torch.float32
+    return dispatch.module(dispatch.choose(first.device, dtype, backend))
+
+
+def _accumulate_op(
+    main_grad, grad, *, scale=1.0, inv_scale=None, store=False, partials=None, backend="auto"
+):
+    module = _backend([main_grad], backend)
+    module.accumulate_(main_grad, grad, scale, inv_scale, store, partials)
+
+
+def _multi_accumulate_op(
+    main_grads, grads, *, scale=1.0, inv_scale=None, stores=(), partials=(), backend="auto"
+):
+    if not main_grads and not grads:
+        return
+    module = _backend(main_grads or grads, backend)
+    module.multi_accumulate_(
+        list(main_grads), list(grads), scale, inv_scale, list(stores), list(partials)
+    )
+
+
+def _grad_stats_op(tensors, are_partials, *, backend="auto"):
+    if not tensors:
+        name = "partials" if are_partials else "main_grads"
+        raise ValueError(f"grad_stats: {name} must hold at least one tensor, got none")
+    return _backend(tensors, backend).grad_stats(list(tensors), are_partials)
+
+
+def _scale_op(main_grads, factor, *, backend="auto"):
+    if main_grads:
+        _backend(main_grads, backend).scale_(list(main_grads), factor)
+
+
+def _mutates_only(*args, **kwargs):
+    return None
+
+
+def _grad_stats_fake(tensors, are_partials, *, backend="auto"):
+    first = tensors[0]
+    scalar = first.new_empty(())
+    return first.new_empty((len(tensors),)), scalar, first.new_empty((), dtype=torch.float32)
+
+
+for _name, _function, _fake in (
+    ("accumulate_", _accumulate_op, _mutates_only),
+    ("multi_accumulate_", _multi_accumulate_op, _mutates_only),
+    ("grad_stats", _grad_stats_op, _grad_stats_fake),
+    ("scale_", _scale_op, _mutates_only),
+):
+    _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gradacc_kernels::{_name}", _fake, lib=_library)
+
+
+def accumulate_(
+    main_grad: Tensor,
+    grad: Tensor,
+    *,
+    scale: float = 1.0,
+    inv_scale: Tensor | None = None,
+    store: bool = False,
+    partials: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Adds a micro-batch gradient: main_grad = fma(float(grad), scale * inv_scale, main_grad).
+
+    Moves 10 bytes per element with a 16-bit gradient (6 to store); an expanded, strided or sparse
+    gradient is copied into main_grad's layout first.
+
+    Args:
+        main_grad: float32, any shape, dense in memory in any order of strides; written. The
+            reference backend takes float64 too.
+        grad: float16, bfloat16 or float32, of main_grad's shape and device; any layout.
+        scale: a factor, finite in float32.
+        inv_scale: float32 tensor of one element on the same device, a second factor; usually
+            1 / loss_scale.
+        store: write float(grad) * scale * inv_scale without reading main_grad.
+        partials: float32 of shape [num_chunks(numel)]; written: the sum of squares of each chunk of
+            the new main_grad, in memory order, NaN for a chunk with an element that is not finite.
+        backend: which kernels; ``"auto"`` for the fastest that serves the device.
+
+    Returns:
+        main_grad.
+
+    Raises:
+        TypeError: a dtype other than these.
+        ValueError: shapes, devices, layouts or overlaps other than these, a scale that is not
+            finite, an unknown backend. Nothing was written.
+        RuntimeError: the backend is not available.
+    """
+    torch.ops.gradacc_kernels.accumulate_(
+        main_grad,
+        grad,
+        scale=scale,
+        inv_scale=inv_scale,
+        store=store,
+        partials=partials,
+        backend=backend,
+    )
+    return main_grad
+
+
+def multi_accumulate_(
+    main_grads: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    scale: float = 1.0,
+    inv_scale: Tensor | None = None,
+    stores: Sequence[bool] | None = None,
+    partials: Sequence[Tensor] | None = None,
+    backend: str = "auto",
+) -> Sequence[Tensor]:
+    """Does :func:`accumulate_` for each pair of two lists, in as few launches as possible.
+
+    Args:
+        main_grads: float32 tensors of one device, of any sizes, that do not overlap; written.
+        grads: one for each main gradient; dtypes and layouts may be mixed.
+        scale: as in accumulate_, for all.
+        inv_scale: as in accumulate_, for all.
+        stores: one bool for each main gradient; None adds everywhere.
+        partials: slots for each main gradient, written; None for no statistics.
+        backend: as in accumulate_.
+
+    Returns:
+        main_grads.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as accumulate_, and for lists of different lengths.
+    """
+    torch.ops.gradacc_kernels.multi_accumulate_(
+        list(main_grads),
+        list(grads),
+        scale=scale,
+        inv_scale=inv_scale,
+        stores=[] if stores is None else list(stores),
+        partials=[] if partials is None else list(partials),
+        backend=backend,
+    )
+    return main_grads
+
+
+def grad_stats(
+    main_grads: Sequence[Tensor] | None = None,
+    *,
+    partials: Sequence[Tensor] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes sum(main_i^2) for each tensor, the norm of them all, and whether one overflowed.
+
+    From main gradients this reads 4 bytes per element; from the slots that accumulate_ wrote, 4
+    bytes per chunk. Slots describe the main gradients only while nothing else has written to them.
+
+    Args:
+        main_grads: float32 tensors of one device (float64 on the reference backend).
+        partials: in their place, the slots of each tensor, as accumulate_ wrote them.
+        backend: as in accumulate_.
+
+    Returns:
+        (sums, norm, found_inf), device tensors: the sum of squares of each tensor, of shape [n];
+        sqrt(sum(sums)), 0-dim; and a 0-dim float32 that is 1 when an element is not finite, else 0.
+        Sums and norm are NaN then. A sum of finite squares that overflows float32 is inf, and
+        leaves found_inf at 0.
+
+    Raises:
+        TypeError, ValueError: both or none of the lists, an empty list, dtypes and devices as above.
+    """
+    if (main_grads is None) == (partials is None):
+        raise ValueError("grad_stats: pass either main_grads or partials, not both")
+    tensors = main_grads if partials is None else partials
+    return torch.ops.gradacc_kernels.grad_stats(
+        list(tensors), partials is not None, backend=backend
+    )
+
+
+def scale_(
+    main_grads: Sequence[Tensor], factor: Tensor, *, backend: str = "auto"
+) -> Sequence[Tensor]:
+    """Multiplies by a device scalar: main = main * factor, for a list of tensors.
+
+    Moves 8 bytes per element, and none when the factor is 1, which is decided on the device.
+
+    Args:
+        main_grads: float32 tensors of one device that do not overlap; written.
+        factor: float32 tensor of one element on that device.
+        backend: as in accumulate_.
+
+    Returns:
+        main_grads.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as accumulate_.
+    """
+    torch.ops.gradacc_kernels.scale_(list(main_grads), factor, backend=backend)
+    return main_grads

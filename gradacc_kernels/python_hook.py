@@ -1,0 +1,302 @@
+"""The gradient hook in Python: for Triton, for the reference backend, and without the extension.
+
+It does what csrc/autograd/hook.h says of its C++ twin, by the same rules and under the same names.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradacc_kernels.reference import in_layout_of
+
+_SUPPORTED = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass
+class _Param:
+    variable: Tensor
+    main: Tensor
+    partials: Tensor
+    dtype: torch.dtype
+    exposed: Tensor | None = None  # the tensor last made `.grad`
+    statistics_version: int | None = None
+    node: Any = None
+    handle: Any = None
+    queue: weakref.ref | None = None  # where a gradient may be waiting
+    batch: int = -1  # of that queue
+
+
+@dataclass
+class _Queue:
+    """Small gradients of one backward, owned by the engine's callback."""
+
+    graph_task: int
+    stream: torch.cuda.Stream | None = None
+    entries: list[tuple[_Param, Tensor]] = field(default_factory=list)
+    nbytes: int = 0
+    batch: int = 0  # counts the launches
+
+
+class PythonHooks:
+    """Pre-hooks on the AccumulateGrad nodes of the parameters of one device.
+
+    Args:
+        params: leaf tensors of one device.
+        main_grads: float32 or float64, dense, in the layout of their parameters.
+        partials: the slots of each main gradient.
+        scale: factor for every gradient.
+        inv_scale: 0-dim float32 tensor on the device, a second factor.
+        queue_below: bytes of a gradient from which on it is added when it arrives.
+        queue_bytes: bytes of queued gradients at which they are launched.
+        backend: the module whose ops do the work.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        main_grads: Sequence[Tensor],
+        partials: Sequence[Tensor],
+        scale: float,
+        inv_scale: Tensor,
+        queue_below: int,
+        queue_bytes: int,
+        backend: ModuleType,
+    ):
+        self._params = [
+            _Param(param, main, slots, param.dtype)
+            for param, main, slots in zip(params, main_grads, partials, strict=True)
+        ]
+        self._scale = scale
+        self._inv_scale = inv_scale
+        self._device = inv_scale.device
+        self._queue_below = queue_below
+        self._queue_bytes = queue_bytes
+        self._backend = backend
+        self._lock = threading.Lock()
+        self._queues: list[weakref.ref[_Queue]] = []
+        self._stream = None
+        self._removed = False
+
+    def refresh(self) -> bool:
+        """Installs the hook where the node died or was made on another stream.
+
+        Returns:
+            False when a parameter's dtype, device, shape or strides are no longer those of
+            construction.
+        """
+        with self._lock:
+            if self._removed:
+                return True
+            stream = self._current_stream()
+            for index, param in enumerate(self._params):
+                variable = param.variable
+                if (
+                    variable.dtype != param.dtype
+                    or variable.device != self._device
+                    or variable.shape != param.main.shape
+                    or variable.stride() != param.main.stride()
+                    and torch.ops.aten.is_non_overlapping_and_dense(variable)
+                ):
+                    return False
+                if variable.requires_grad:
+                    self._install(index, is_forced=stream != self._stream)
+            self._stream = stream
+            return True
+
+    def _install(self, index: int, is_forced: bool) -> None:
+        param = self._params[index]
+        if is_forced and param.handle is not None:
+            # A node that nobody else holds dies here, and comes back on the current stream.
+            param.handle.remove()
+            param.node = param.handle = None
+        node = torch.autograd.graph.get_gradient_edge(param.variable).node
+        if node is param.node:
+            return
+        hooks = weakref.ref(self)
+
+        def pre_hook(grads):
+            alive = hooks()
+            if alive is not None and alive._consume(index, grads[0]):
+                return (None,)
+            return None
+
+        param.node = node
+        param.handle = node.register_prehook(pre_hook)
+
+    def remove(self) -> None:
+        """Ends the hook's work; the parameters' ``.grad`` stays as it is."""
+        with self._lock:
+            self._removed = True
+            for param in self._params:
+                if param.handle is not None:
+                    param.handle.remove()
+                param.node = param.handle = None
+
+    def expose(self, index: int) -> None:
+        """Makes a parameter's ``.grad`` a view of main, with the value that ``.grad`` had."""
+        with self._lock:
+            self._open(self._params[index])
+            self._params[index].statistics_version = None
+
+    def invalidate(self) -> None:
+        """Declares the statistics slots stale."""
+        with self._lock:
+            for param in self._params:
+                param.statistics_version = None
+
+    def statistics_valid(self, index: int) -> bool:
+        """Tells whether a parameter's slots describe its ``.grad``, by its version counter."""
+        param = self._params[index]
+        grad = param.variable.grad
+        return (
+            grad is not None
+            and grad is param.exposed
+            and self._is_ours(grad, param)
+            and grad._version == param.statistics_version
+        )
+
+    def current(self, index: int) -> Tensor | None:
+        """Returns what a parameter's window has summed so far: main, unless .grad is another."""
+        param = self._params[index]
+        grad = param.variable.grad
+        if grad is None:
+            return None
+        if self._is_ours(grad, param) or self._was_cast(grad, param):
+            return param.main
+        return grad
+
+    def _current_stream(self):
+        if self._device.type != "cuda":
+            return None
+        return torch.cuda.current_stream(self._device)
+
+    @staticmethod
+    def _is_ours(grad: Tensor, param: _Param) -> bool:
+        return (
+            grad.layout == torch.strided
+            and grad.dtype == param.main.dtype
+            and grad.device == param.main.device
+            and grad.data_ptr() == param.main.data_ptr()
+            and grad.stride() == param.main.stride()
+        )
+
+    @staticmethod
+    def _was_cast(grad: Tensor, param: _Param) -> bool:
+        return grad is param.exposed and grad.dtype != param.main.dtype
+
+    def _open(self, param: _Param) -> bool:
+        grad = param.variable.grad
+        begins = grad is None
+        if not begins:
+            if self._is_ours(grad, param):
+                return False
+            if not self._was_cast(grad, param):
+                value = grad.detach()
+                if value.layout != torch.strided:
+                    value = value.to_dense()
+                if value.untyped_storage().data_ptr() == param.main.untyped_storage().data_ptr():
+                    value = value.clone()
+                param.main.copy_(value)
+        param.exposed = param.main.data
+        param.variable.grad = param.exposed
+        return begins
+
+    def _commit(self, entries: Sequence[tuple[_Param, Tensor]]) -> None:
+        stores = [self._open(param) for param, _ in entries]
+        if len(entries) == 1:
+            (param, grad), (store,) = entries[0], stores
+            self._backend.accumulate_(
+                param.main, grad, self._scale, self._inv_scale, store, param.partials
+            )
+        else:
+            self._backend.multi_accumulate_(
+                [param.main for param, _ in entries],
+                [grad for _, grad in entries],
+                self._scale,
+                self._inv_scale,
+                stores,
+                [param.partials for param, _ in entries],
+            )
+        for param, _ in entries:
+            torch.autograd.graph.increment_version(param.variable.grad)
+            param.statistics_version = param.variable.grad._version
+
+    def _consume(self, index: int, grad: Tensor | None) -> bool:
+        # With grad mode on (create_graph) only stock accumulation keeps `.grad` differentiable.
+        if grad is None or torch.is_grad_enabled() or type(grad) is not Tensor:
+            return False
+        param = self._params[index]
+        if not param.variable.requires_grad:
+            return False
+        if grad.shape != param.main.shape or grad.device != self._device:
+            raise RuntimeError(
+                f"gradacc_kernels: a parameter attached with shape {list(param.main.shape)} on "
+                f"{self._device} received a gradient of shape {list(grad.shape)} on {grad.device}. "
+                "Call Accumulator.refresh() after moving parameters; detach and attach again after "
+                "reshaping them."
+            )
+        if grad.is_complex():
+            raise RuntimeError("gradacc_kernels: cannot accumulate a complex gradient")
+        if param.main.dtype == torch.float32 and grad.dtype not in _SUPPORTED:
+            grad = grad.float()
+        entry = (param, in_layout_of(grad, param.main))
+        with self._lock:
+            if self._removed:
+                return False
+            queue = param.queue() if param.queue is not None else None
+            if queue is not None and queue.batch == param.batch:
+                self._flush(queue)
+            is_watched = bool(param.variable._post_accumulate_grad_hooks)
+            if entry[1].nbytes < self._queue_below and not is_watched:
+                self._enqueue(entry)
+            else:
+                self._commit([entry])
+        return True
+
+    def _enqueue(self, entry: tuple[_Param, Tensor]) -> None:
+        graph_task = torch._C._current_graph_task_id()
+        stream = self._current_stream()
+        alive = [queue for queue in (ref() for ref in self._queues) if queue is not None]
+        queue = next((queue for queue in alive if queue.graph_task == graph_task), None)
+        if queue is None:
+            queue = _Queue(graph_task, stream)
+            alive.append(queue)
+
+            def flush_at_end(queue=queue):
+                with self._lock:
+                    self._flush(queue)
+
+            torch.autograd.Variable._execution_engine.queue_callback(flush_at_end)
+        self._queues = [weakref.ref(queue) for queue in alive]
+        if queue.stream != stream:
+            self._flush(queue)
+        queue.stream = stream
+        param, grad = entry
+        param.queue, param.batch = weakref.ref(queue), queue.batch
+        queue.entries.append(entry)
+        queue.nbytes += grad.nbytes
+        if queue.nbytes >= self._queue_bytes:
+            self._flush(queue)
+
+    def _flush(self, queue: _Queue) -> None:
+        entries, queue.entries, queue.nbytes = queue.entries, [], 0
+        if not entries:
+            return
+        queue.batch += 1
+        if self._removed:
+            return
+        caller = self._current_stream()
+        if queue.stream == caller:
+            self._commit(entries)
+            return
+        with torch.cuda.stream(queue.stream):
+            self._commit(entries)
+        caller.wait_stream(queue.stream)
