@@ -18,7 +18,7 @@ struct CUstream_st;
 
 namespace gradacc {
 
-constexpr int64_t kChunkSize = 2048;
+constexpr int64_t kChunkSize = 1024;
 
 constexpr int64_t num_chunks(int64_t numel) { return (numel + kChunkSize - 1) / kChunkSize; }
 

@@ -10,7 +10,7 @@ import struct
 
 import torch
 
-CHUNK_SIZE = 2048
+CHUNK_SIZE = 1024
 GRAD_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

@@ -7,7 +7,6 @@ the flat buffer (buffer.py) of which ``.grad`` is a view.
 
 from __future__ import annotations
 
-import math
 import sys
 import weakref
 from collections.abc import Iterable, Sequence
@@ -33,7 +32,7 @@ _covered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class _MainGrad:
-    """``param.main_grad``: the main gradient of a covered parameter.
+    """``param.main_grad``: the main gradient of a covered ``nn.Parameter``.
 
     A descriptor of the class and not an attribute of the parameter, so that copying, pickling or
     saving a model does not write the flat buffer along. It has no ``__set__``: code that assigns
@@ -49,7 +48,7 @@ class _MainGrad:
         return group.buffer.views[index]
 
 
-torch.Tensor.main_grad = _MainGrad()
+torch.nn.Parameter.main_grad = _MainGrad()
 
 
 def _find(param: Tensor) -> tuple[_Group, int] | tuple[None, None]:
@@ -176,15 +175,15 @@ class _Attachment:
         if root is not None:
             present = dict(root.named_parameters())
             params = {name: present.get(name, param) for name, param in params.items()}
-        for name, param in params.items():
-            before = self.params[name]
-            if param.shape != before.main_grad.shape:
-                raise RuntimeError(
-                    f"gradacc_kernels: parameter {name} had shape "
-                    f"{list(before.main_grad.shape)} when it was attached, and has "
-                    f"{list(param.shape)} now: detach and attach again"
-                )
-            _check_param(name, param, self.requested_backend)
+        for group in self.groups:
+            for name, main in zip(group.names, group.buffer.views, strict=True):
+                if params[name].shape != main.shape:
+                    raise RuntimeError(
+                        f"gradacc_kernels: parameter {name} had shape {list(main.shape)} when it "
+                        f"was attached, and has {list(params[name].shape)} now: detach and attach "
+                        "again"
+                    )
+                _check_param(name, params[name], self.requested_backend)
         sums = {}
         for group in self.groups:
             for index, name in enumerate(group.names):
@@ -339,9 +338,9 @@ class Accumulator:
     def detach(self) -> None:
         """Restores stock behaviour; calling it again changes nothing.
 
-        ``.grad`` becomes a tensor of the parameter's dtype with the sum so far (rounded to it, for a
-        16-bit parameter), or stays None, and ``grad_dtype`` what it was before attach. The buffers
-        are freed.
+        ``.grad`` becomes a tensor of the parameter's dtype with the sum so far (rounded to it, for
+        a 16-bit parameter), or stays None, and ``grad_dtype`` what it was before attach. The
+        buffers are freed.
         """
         attachment = self._reference()
         if attachment is not None:
@@ -402,8 +401,8 @@ class Accumulator:
     def inv_scale(self) -> Tensor:
         """A factor for every gradient as it arrives: 0-dim float32 device tensor, 1 at first.
 
-        Write into it, on the device: ``accumulator.inv_scale.copy_(1 / loss_scale)``. For parameters
-        on several devices there is one a device, in :attr:`inv_scales`.
+        Write into it, on the device: ``accumulator.inv_scale.copy_(1 / loss_scale)``. For
+        parameters on several devices there is one a device, in :attr:`inv_scales`.
 
         Raises:
             RuntimeError: the parameters are on several devices.
@@ -500,7 +499,7 @@ def attach(
     another tensor                    copied into the view, then added
     ================================  ====================================================
 
-    ``param.main_grad`` is the main gradient too. A parameter without a gradient keeps ``.grad``
+    ``param.main_grad`` of an ``nn.Parameter`` is the main gradient too. A parameter without a gradient keeps ``.grad``
     None. With ``backward(create_graph=True)`` gradients go to stock accumulation.
 
     Args:
@@ -510,8 +509,8 @@ def attach(
             float64 ones float64 through the reference backend.
         scale: a factor for every gradient, positive and finite: 1 / K for the mean of K
             micro-batches.
-        backend: ``"auto"`` for the fastest on each device, or ``"cuda"``, ``"triton"``, ``"cpu"`` or
-            ``"reference"``.
+        backend: ``"auto"`` for the fastest on each device, or ``"cuda"``, ``"triton"``, ``"cpu"``
+            or ``"reference"``.
 
     Returns:
         The :class:`Accumulator`.
@@ -526,8 +525,8 @@ def attach(
     if not isinstance(scale, (int, float)):
         raise TypeError(f"attach: scale must be a number, got {type(scale).__name__}")
     checks.check_scale("attach", scale)
-    if not scale > 0 or math.isinf(1 / scale):
-        raise ValueError(f"attach: scale must be positive and finite, got {scale}")
+    if torch.tensor(scale, dtype=torch.float32, device="cpu") <= 0:
+        raise ValueError(f"attach: scale must be positive in float32, got {scale}")
     if backend != "auto" and backend not in dispatch.BACKENDS:
         raise ValueError(
             f"attach: backend must be 'auto' or one of {dispatch.BACKENDS}, got {backend!r}"

@@ -211,7 +211,7 @@ def grad_stats(
         leaves found_inf at 0.
 
     Raises:
-        TypeError, ValueError: both or none of the lists, an empty list, dtypes and devices as above.
+        TypeError, ValueError: both or none of the lists, an empty list, other dtypes or devices.
     """
     if (main_grads is None) == (partials is None):
         raise ValueError("grad_stats: pass either main_grads or partials, not both")

@@ -12,7 +12,7 @@ namespace gradacc::cuda {
 namespace {
 
 constexpr int kVecSize = 4;   // a warp's float4 accesses cover 512 contiguous bytes
-constexpr int kInFlight = 4;  // vectors whose loads are issued before the first is used
+constexpr int kInFlight = 2;  // vectors whose loads are issued before the first is used
 constexpr int kStep = kThreads * kVecSize;
 static_assert(kChunkSize % (kStep * kInFlight) == 0);
 

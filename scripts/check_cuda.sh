@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Assembles every .cu file for each supported architecture, failing on an error, a warning or a
+# register spill; then builds the whole CUDA extension against a CUDA build of torch, in a virtual
+# environment of its own, and imports it. Needs nvcc 13 and no GPU.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+venv=.venv-cuda
+architectures="80 90 100 120"
+
+nvcc=$(command -v nvcc || ls /usr/local/cuda*/bin/nvcc 2> /dev/null | tail -n 1 || true)
+if [ -z "$nvcc" ]; then
+  echo "check-cuda: nvcc was not found; nothing was checked" >&2
+  exit 1
+fi
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+for file in csrc/cuda/*.cu; do
+  if grep -nE '#include [<"](torch|ATen|c10)/' "$file" csrc/cuda/*.cuh csrc/kernels.h; then
+    echo "check-cuda: $file must not include torch, ATen or c10" >&2
+    exit 1
+  fi
+  for architecture in $architectures; do
+    "$nvcc" -std=c++17 -O3 -Werror all-warnings -arch="sm_$architecture" -Xptxas -v,-warn-spills \
+      -cubin -o "$scratch/kernel.cubin" "$file" 2> "$scratch/log" || { cat "$scratch/log"; exit 1; }
+    if grep -E '[1-9][0-9]* bytes spill' "$scratch/log"; then
+      echo "check-cuda: $file spills registers on sm_$architecture" >&2
+      exit 1
+    fi
+    echo "assembled $file for sm_$architecture: $(grep -c 'Used .* registers' "$scratch/log")" \
+      "kernels, at most $(grep -oE 'Used [0-9]+ registers' "$scratch/log" | sort -k2n | tail -n 1 |
+        cut -d' ' -f2) registers, no spills"
+  done
+done
+
+if [ ! -e $venv/torch ]; then
+  "$python" -m venv --clear $venv
+  $venv/bin/python -m pip install -q torch==2.11.0 numpy ninja 'setuptools>=77' wheel pybind11
+  touch $venv/torch
+fi
+# torch's wheels bring the CUDA libraries and headers that a bare compiler lacks, without the
+# names that the linker looks for.
+packages=$($venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+mkdir "$scratch/lib"
+for library in "$packages"/nvidia/cu13/lib/*.so.*; do
+  ln -s "$library" "$scratch/lib/$(basename "$library" | sed 's/\.so\..*/.so/')" 2> /dev/null || true
+done
+export CPATH=$packages/nvidia/cu13/include LIBRARY_PATH=$scratch/lib
+CUDA_HOME=$(dirname "$(dirname "$(readlink -f "$nvcc")")")
+[ -x "$CUDA_HOME/bin/ptxas" ] || CUDA_HOME=$(ls -d /usr/local/cuda-13* | tail -n 1)
+export CUDA_HOME PATH=$PWD/$venv/bin:$PATH
+
+cp -r setup.py pyproject.toml README.md csrc gradacc_kernels "$scratch"
+cd "$scratch"
+rm -f gradacc_kernels/*.so
+GRADACC_CUDA=1 TORCH_CUDA_ARCH_LIST="9.0" python setup.py -q build_ext --inplace > build.log 2>&1 ||
+  { cat build.log; exit 1; }
+python -c '
+import torch
+from gradacc_kernels import _C
+assert _C.HAS_CUDA
+print(f"built and imported the CUDA extension: torch {torch.__version__}, {_C.CUDA_ARCHITECTURES}")'

@@ -1,0 +1,123 @@
+"""Seeds, devices, and the backends with the devices on which they run.
+
+A CUDA case always exists, marked ``gpu``, and is skipped with a reason where it cannot run. The
+Triton kernels also run on the CPU, in Triton's interpreter, where there is no CUDA device.
+"""
+
+import os
+import random
+import zlib
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+# Triton decides between its compiler and its interpreter when it is imported.
+if torch.cuda.is_available():
+    os.environ.pop("TRITON_INTERPRET", None)
+else:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from gradacc_kernels import dispatch  # noqa: E402
+
+
+def pytest_configure(config):
+    # The interpreter computes with numpy, which warns of every NaN and overflow.
+    config.addinivalue_line(
+        "filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter"
+    )
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    """Seeds the generators by the test's name; pytest shows the number when the test fails."""
+    value = zlib.crc32(request.node.nodeid.encode())
+    print(f"seed {value}")
+    random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend and the type of the device whose tensors it is given."""
+
+    name: str
+    device: str
+
+    @property
+    def is_interpreted(self) -> bool:
+        return self.name == "triton" and self.device == "cpu"
+
+    @property
+    def has_fma(self) -> bool:
+        """Tells whether products may be inexact: older interpreters round them before the sum."""
+        if not self.is_interpreted:
+            return True
+        from triton._C.libtriton import interpreter
+
+        return hasattr(interpreter, "fma_fp32")
+
+    def why_skipped(self) -> str | None:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "no CUDA device"
+        if self.is_interpreted and torch.cuda.is_available():
+            return "Triton's interpreter is for machines without a CUDA device"
+        return dispatch.why_missing(self.name)
+
+
+def _marks(device):
+    return [pytest.mark.gpu] if device == "cuda" else []
+
+
+def _params(*backends):
+    return [
+        pytest.param(case, id=f"{case.name}-{case.device}", marks=_marks(case.device))
+        for case in backends
+    ]
+
+
+def _available(backend):
+    reason = backend.why_skipped()
+    if reason is not None:
+        pytest.skip(reason)
+    return backend
+
+
+ON_CPU = (Backend("cpu", "cpu"), Backend("triton", "cpu"))
+ON_CUDA = (Backend("cuda", "cuda"), Backend("triton", "cuda"))
+REFERENCES = (Backend("reference", "cpu"), Backend("reference", "cuda"))
+
+
+@pytest.fixture(params=_params(*ON_CPU, *ON_CUDA, *REFERENCES))
+def backend(request):
+    """Every backend on every device that it serves."""
+    return _available(request.param)
+
+
+@pytest.fixture(params=_params(*ON_CPU, *ON_CUDA, REFERENCES[1]))
+def other_backend(request):
+    """Every one of them that is compared with the reference on the CPU."""
+    return _available(request.param)
+
+
+@pytest.fixture(params=_params(*ON_CUDA))
+def cuda_backend(request):
+    """The kernels for CUDA tensors."""
+    return _available(request.param)
+
+
+@pytest.fixture(params=[pytest.param("cpu"), pytest.param("cuda", marks=_marks("cuda"))])
+def device(request):
+    """The CPU and, marked gpu, the current CUDA device."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["at-once", "queued"])
+def queueing(request, monkeypatch):
+    """Whether gradients of attached parameters wait in the queue; both policies on any device."""
+    below = 1 << 40 if request.param else 0
+    monkeypatch.setattr("gradacc_kernels.hook.QUEUE_BELOW", {"cpu": below, "cuda": below})
+    return request.param

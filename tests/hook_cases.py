@@ -1,0 +1,68 @@
+"""The hook's forms and small helpers for its tests."""
+
+import pytest
+import torch
+
+from gradacc_kernels import dispatch
+
+# (device, backend): the C++ hook serves cpu and cuda, the Python hook triton and reference.
+_CASES = [("cpu", "cpu"), ("cpu", "reference"), ("cuda", "cuda"), ("cuda", "triton")]
+
+
+def _param(device, backend):
+    reason = dispatch.why_missing(backend)
+    if device == "cuda" and not torch.cuda.is_available():
+        reason = "no CUDA device is visible"
+    marks = [pytest.mark.gpu] if device == "cuda" else []
+    if reason is not None:
+        marks.append(pytest.mark.skip(reason=reason))
+    return pytest.param((device, backend), id=f"{device}-{backend}", marks=marks)
+
+
+every_hook = pytest.mark.parametrize("hook", [_param(*case) for case in _CASES])
+
+
+def parameter(values, dtype=torch.bfloat16, device="cpu"):
+    return torch.nn.Parameter(torch.as_tensor(values, dtype=dtype, device=device).clone())
+
+
+def arrive(param, grad):
+    """Lets autograd deliver `grad`, as it is, to a parameter."""
+    grad = torch.as_tensor(grad, dtype=param.dtype, device=param.device).expand(param.shape)
+    _Deliver.apply(param, grad).backward()
+
+
+class _Deliver(torch.autograd.Function):
+    """A node whose gradient for its first input is a given tensor."""
+
+    @staticmethod
+    def forward(ctx, param, grad):
+        ctx.grad = grad
+        return param.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.grad, None
+
+
+def mlp(device="cpu", dtype=torch.bfloat16, width=64):
+    return torch.nn.Sequential(
+        torch.nn.Linear(16, width),
+        torch.nn.GELU(),
+        torch.nn.LayerNorm(width),
+        torch.nn.Linear(width, 8),
+    ).to(device, dtype)
+
+
+def batch(device="cpu", dtype=torch.bfloat16, rows=4):
+    return torch.randn(rows, 16, device=device).to(dtype)
+
+
+def micro_gradients(model, inputs):
+    """The gradient of each micro-batch, by torch.autograd.grad, in the dtype that it comes in."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [torch.autograd.grad(model(x).float().square().sum(), params) for x in inputs]
+
+
+def backward(model, x):
+    model(x).float().square().sum().backward()

@@ -1,0 +1,244 @@
+"""Casting, moving, loading, copying, saving and dropping an attached model."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from hook_cases import arrive, backward, batch, every_hook, micro_gradients, mlp, parameter
+
+import gradacc_kernels as gk
+
+
+@every_hook
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float"])
+def test_casting_in_the_middle_of_a_window_rounds_nothing(hook, cast):
+    device, backend = hook
+    param = torch.nn.Linear(1, 1, bias=False).to(device, torch.bfloat16)
+    gk.attach(param, backend=backend)
+    arrive(param.weight, 256.0)
+    arrive(param.weight, 1.0)
+    getattr(param, cast)()
+    param(torch.ones(1, 1, device=device, dtype=param.weight.dtype)).sum().backward()
+    assert param.weight.grad.dtype == torch.float32
+    assert param.weight.grad.item() == 258.0
+
+
+@every_hook
+def test_casting_without_a_forward_is_followed_by_refresh(hook):
+    device, backend = hook
+    model = mlp(device)
+    accumulator = gk.attach(model, backend=backend)
+    backward(model, batch(device))
+    sums = [p.grad.clone() for p in model.parameters()]
+    model.half()
+    assert model[0].weight.grad.dtype == torch.float16
+    accumulator.refresh()
+    assert all(p.grad.equal(s) for p, s in zip(model.parameters(), sums, strict=True))
+
+
+@every_hook
+def test_to_float64_and_back(hook):
+    device, backend = hook
+    model = mlp(device)
+    gk.attach(model, backend=backend)
+    backward(model, batch(device))
+    sums = [p.grad.clone() for p in model.parameters()]
+    model.double()
+    model(batch(device, torch.float64))
+    for param, expected in zip(model.parameters(), sums, strict=True):
+        assert param.grad.dtype == torch.float64 and param.grad.equal(expected.double())
+    model.bfloat16()
+    model(batch(device))
+    for param, expected in zip(model.parameters(), sums, strict=True):
+        assert param.grad.dtype == torch.float32 and param.grad.equal(expected)
+
+
+@every_hook
+def test_to_channels_last_moves_the_layout_of_the_sums(hook):
+    device, backend = hook
+    conv = torch.nn.Conv2d(4, 8, 3).to(device, torch.bfloat16)
+    x = torch.randn(1, 4, 5, 5, device=device).bfloat16()
+    gk.attach(conv, backend=backend)
+    backward(conv, x)
+    once = conv.weight.grad.clone()
+    conv.to(memory_format=torch.channels_last)
+    conv(x)
+    assert conv.weight.grad.is_contiguous(memory_format=torch.channels_last)
+    assert conv.weight.grad.equal(once)
+
+
+@every_hook
+@pytest.mark.parametrize("assign", [False, True])
+def test_load_state_dict(hook, assign):
+    device, backend = hook
+    model, x = mlp(device), batch(device)
+    gk.attach(model, backend=backend)
+    model.load_state_dict(mlp(device).state_dict(), assign=assign)
+    backward(model, x)
+    expected = micro_gradients(model, [x])[0]
+    for param, grad in zip(model.parameters(), expected, strict=True):
+        assert param.grad.dtype == torch.float32 and param.grad.equal(grad.float())
+        assert param.grad.data_ptr() == param.main_grad.data_ptr()
+
+
+@every_hook
+def test_a_reshaped_parameter_is_refused(hook):
+    device, backend = hook
+    model = mlp(device)
+    accumulator = gk.attach(model, backend=backend)
+    backward(model, batch(device))
+    model[3].bias = torch.nn.Parameter(torch.zeros(5, device=device, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match=r"parameter 3.bias had shape \[8\] .* has \[5\] now"):
+        accumulator.refresh()
+    assert model[0].weight.grad.data_ptr() == model[0].weight.main_grad.data_ptr()
+
+
+@every_hook
+def test_detach_gives_what_stock_would_hold(hook):
+    device, backend = hook
+    model, x = mlp(device), batch(device)
+    double = parameter([0.0], torch.float64, device)
+    accumulator = gk.attach([*model.parameters(), double], backend=backend)
+    backward(model, x)
+    arrive(double, 1.5)
+    sums = [p.grad.clone() for p in model.parameters()]
+    buffer = weakref.ref(model[0].weight.main_grad.untyped_storage())
+    accumulator.detach()
+    gc.collect()
+    assert buffer() is None
+    for param, expected in zip(model.parameters(), sums, strict=True):
+        assert param.grad_dtype == torch.bfloat16 and param.grad.equal(expected.bfloat16())
+    assert double.grad.item() == 1.5
+    model.zero_grad()
+    backward(model, x)
+    stock = micro_gradients(model, [x])[0]
+    assert all(p.grad.equal(g) for p, g in zip(model.parameters(), stock, strict=True))
+
+
+def test_detach_restores_the_default_grad_dtype():
+    model = mlp()
+    gk.attach(model).detach()
+    model.float()
+    assert model[0].weight.grad_dtype == torch.float32
+
+
+def test_detach_restores_an_explicit_grad_dtype():
+    param = parameter([0.0])
+    param.grad_dtype = torch.float32
+    accumulator = gk.attach([param])
+    arrive(param, 3.0)
+    accumulator.detach()
+    assert param.grad_dtype == torch.float32 and param.grad.dtype == torch.float32
+
+
+@every_hook
+def test_context_manager_and_attaching_again(hook):
+    device, backend = hook
+    model, x = mlp(device), batch(device)
+    for _ in range(2):
+        with gk.attach(model, backend=backend):
+            backward(model, x)
+            assert model[0].weight.grad.dtype == torch.float32
+        assert model[0].weight.grad.dtype == torch.bfloat16
+        assert not model._forward_pre_hooks
+
+
+@every_hook
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "save"])
+def test_copies_train_as_stock(hook, way):
+    device, backend = hook
+    model, x = mlp(device), batch(device)
+    model.accumulator = gk.attach(model, backend=backend)
+    backward(model, x)
+    if way == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif way == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        assert file.tell() < 3 * sum(p.nbytes for p in model.parameters()) + 10_000
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    twin.zero_grad()
+    backward(twin, x)
+    stock = micro_gradients(twin, [x])[0]
+    for param, grad in zip(twin.parameters(), stock, strict=True):
+        assert param.grad.dtype == torch.bfloat16 and param.grad.equal(grad)
+    assert "detached" in repr(twin.accumulator)
+    assert model[0].weight.grad.dtype == torch.float32
+    gk.attach(twin, backend=backend)
+
+
+@every_hook
+def test_the_handle_keeps_no_model_alive(hook):
+    device, backend = hook
+    model = mlp(device)
+    gc.collect()
+    gc.disable()  # no reference cycle: counting references is enough
+    try:
+        accumulator = gk.attach(model, backend=backend)
+        backward(model, batch(device))
+        alive = [weakref.ref(model), weakref.ref(model[0].weight)]
+        del model
+        assert [reference() for reference in alive] == [None, None]
+    finally:
+        gc.enable()
+    assert "detached" in repr(accumulator)
+
+
+@every_hook
+def test_a_module_stays_attached_without_the_handle(hook):
+    device, backend = hook
+    model = mlp(device)
+    gk.attach(model, backend=backend)
+    gc.collect()
+    backward(model, batch(device))
+    assert model[0].weight.grad.dtype == torch.float32
+
+
+@every_hook
+def test_a_list_is_attached_as_long_as_its_handle_lives(hook):
+    device, backend = hook
+    param = parameter([0.0], device=device)
+    accumulator = gk.attach([param, param], backend=backend)
+    arrive(param, 3.0)
+    assert param.grad.dtype == torch.float32
+    del accumulator
+    assert param.grad.dtype == torch.bfloat16 and param.grad.item() == 3.0
+    arrive(param, 4.0)
+    assert param.grad.dtype == torch.bfloat16 and param.grad.item() == 7.0
+
+
+@every_hook
+def test_parameters_that_outlive_their_model_are_stock(hook):
+    device, backend = hook
+    model = mlp(device)
+    gk.attach(model, backend=backend)
+    backward(model, batch(device))
+    param = model[0].weight
+    del model
+    assert param.grad.dtype == torch.bfloat16 and param.grad_dtype == torch.bfloat16
+
+
+@every_hook
+def test_memory_is_flat_over_many_windows(hook):
+    device, backend = hook
+    model, x = mlp(device), batch(device)
+    gk.attach(model, backend=backend)
+
+    def objects():
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    for window in range(30):
+        for _ in range(2):
+            backward(model, x)
+        model.zero_grad()
+        if window == 5:
+            before = objects()
+    assert objects() == before
