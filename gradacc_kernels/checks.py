@@ -36,7 +36,7 @@ def is_dense(tensor: torch.Tensor) -> bool:
 def check_scale(op: str, scale: float) -> None:
     """Refuses a scale that is not finite in float32."""
     try:
-        struct.pack("f", scale)
+        struct.pack("<f", scale)
         is_finite = math.isfinite(scale)
     except OverflowError:
         is_finite = False
@@ -65,13 +65,15 @@ def _check_main(what, main, device, dtypes):
             f"{what} must be dense in memory, without gaps or overlap, got sizes "
             f"{list(main.shape)} {got}"
         )
+    if main.is_neg():
+        raise ValueError(f"{what} must not be a lazily negated view: pass its resolve_neg()")
     if main.requires_grad:
         raise ValueError(f"{what} must not require grad: pass a detached tensor or its .data")
     _check_device(what, main, device)
 
 
-def _check_scalar(what, scalar, device):
-    _check_dtype(what, scalar, (torch.float32,))
+def _check_scalar(what, scalar, device, dtypes=(torch.float32,)):
+    _check_dtype(what, scalar, dtypes)
     if scalar.numel() != 1:
         raise ValueError(f"{what} must hold one element, got shape {list(scalar.shape)}")
     _check_device(what, scalar, device)
@@ -83,9 +85,9 @@ def _check_length(what, got, expected):
 
 
 def _address_range(tensor):
-    begin = tensor.data_ptr()
     if tensor.layout != torch.strided or tensor.numel() == 0:
-        return begin, begin
+        return 0, 0
+    begin = tensor.data_ptr()
     span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     return begin, begin + span * tensor.element_size()
 
@@ -117,7 +119,8 @@ def check_accumulate(
         return
     device = mains[0].device
     if inv_scale is not None:
-        _check_scalar(f"{op}: inv_scale", inv_scale, device)
+        dtypes = {torch.float32, mains[0].dtype} & set(main_dtypes)
+        _check_scalar(f"{op}: inv_scale", inv_scale, device, sorted(dtypes, key=str))
     for i, (main, grad) in enumerate(zip(mains, grads, strict=True)):
         index = f"[{i}]" if is_list else ""
         _check_main(main_name + index, main, device, main_dtypes)

@@ -8,6 +8,7 @@ the flat buffer (buffer.py) of which ``.grad`` is a view.
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -103,6 +104,11 @@ def main_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
+def _requested(backend: str, dtype: torch.dtype) -> str:
+    """The requested backend, except for float64, which one backend alone serves."""
+    return "auto" if dtype == torch.float64 else backend
+
+
 def _human(nbytes: int) -> str:
     for unit in ("B", "kB", "MB"):
         if nbytes < 1000:
@@ -145,8 +151,15 @@ class _Attachment:
                 self.inv_scales[device] = torch.ones((), device=device)
         groups = []
         for kind, named in by_kind.items():
-            name = "auto" if kind[1] == torch.float64 else self.requested_backend
-            backend = dispatch.choose(*kind, name)
+            requested = _requested(self.requested_backend, kind[1])
+            backend = dispatch.choose(*kind, requested)
+            if backend == "reference" and requested == "auto" and kind[1] == torch.float32:
+                warnings.warn(
+                    f"gradacc_kernels: gradients on {kind[0]} are summed in eager torch, which is "
+                    f"slow: {dispatch.why_missing(kind[0].type)}. python -m gradacc_kernels tells "
+                    "more; backend='reference' silences this.",
+                    stacklevel=4,
+                )
             names, params = list(named), list(named.values())
             inv_scale = self.inv_scales[kind[0]]
             groups.append(_Group(names, params, self.scale, inv_scale, backend))
@@ -473,8 +486,8 @@ def _check_param(name: str, param: Tensor, backend: str) -> None:
     if param.layout != torch.strided:
         raise ValueError(f"attach: parameter {name} must be strided, got {param.layout}")
     try:
-        requested = "auto" if param.dtype == torch.float64 else backend
-        dispatch.choose(param.device, main_dtype(param), requested)
+        dtype = main_dtype(param)
+        dispatch.choose(param.device, dtype, _requested(backend, dtype))
     except ValueError as error:
         raise ValueError(f"attach: parameter {name}: {error}") from None
 
@@ -499,8 +512,9 @@ def attach(
     another tensor                    copied into the view, then added
     ================================  ====================================================
 
-    ``param.main_grad`` of an ``nn.Parameter`` is the main gradient too. A parameter without a gradient keeps ``.grad``
-    None. With ``backward(create_graph=True)`` gradients go to stock accumulation.
+    ``param.main_grad`` of an ``nn.Parameter`` is the main gradient too. A parameter without a
+    gradient keeps ``.grad`` None. With ``backward(create_graph=True)`` gradients go to stock
+    accumulation.
 
     Args:
         model_or_params: a module, whose parameters that require grad are covered, and whose

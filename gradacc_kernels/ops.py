@@ -80,24 +80,42 @@ def _scale_op(main_grads, factor, *, backend="auto"):
         _backend(main_grads, backend).scale_(list(main_grads), factor)
 
 
-def _mutates_only(*args, **kwargs):
-    return None
+def _check_one_device(op, tensors):
+    """Refuses a mix of devices: with one meta tensor among others, torch calls the fake alone."""
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        found = " and ".join(sorted(map(str, devices)))
+        raise ValueError(f"{op}: all tensors must be on one device, got {found}")
+
+
+def _accumulate_fake(main_grad, grad, *, inv_scale=None, partials=None, **_):
+    _check_one_device("accumulate_", [main_grad, grad, inv_scale, partials])
+
+
+def _multi_accumulate_fake(main_grads, grads, *, inv_scale=None, partials=(), **_):
+    _check_one_device("multi_accumulate_", [*main_grads, *grads, inv_scale, *partials])
+
+
+def _scale_fake(main_grads, factor, **_):
+    _check_one_device("scale_", [*main_grads, factor])
 
 
 def _grad_stats_fake(tensors, are_partials, *, backend="auto"):
+    _check_one_device("grad_stats", tensors)
     first = tensors[0]
     scalar = first.new_empty(())
     return first.new_empty((len(tensors),)), scalar, first.new_empty((), dtype=torch.float32)
 
 
 for _name, _function, _fake in (
-    ("accumulate_", _accumulate_op, _mutates_only),
-    ("multi_accumulate_", _multi_accumulate_op, _mutates_only),
+    ("accumulate_", _accumulate_op, _accumulate_fake),
+    ("multi_accumulate_", _multi_accumulate_op, _multi_accumulate_fake),
     ("grad_stats", _grad_stats_op, _grad_stats_fake),
-    ("scale_", _scale_op, _mutates_only),
+    ("scale_", _scale_op, _scale_fake),
 ):
     _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _function, "CompositeExplicitAutograd")
+    _library.impl(_name, torch.library.fallthrough_kernel, "Negative")  # the backends resolve it
     torch.library.register_fake(f"gradacc_kernels::{_name}", _fake, lib=_library)
 
 

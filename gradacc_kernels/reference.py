@@ -61,20 +61,22 @@ def square_sums(main: Tensor) -> Tensor:
 
 
 def _accumulate(main, grad, scale, inv_scale, store, partials):
-    s = torch.full((), scale, dtype=torch.float32, device=main.device)
+    s = torch.full((), scale, dtype=main.dtype, device=main.device)
     if inv_scale is not None:
         s = s * inv_scale.reshape(())
-    grad = in_layout_of(grad, main)
+    grad = in_layout_of(grad, main).to(main.dtype)
     if main.dtype == torch.float64:
-        grad, s = grad.double(), s.double()
         main.copy_(grad * s if store else main + grad * s)
     else:
-        grad = grad.float()
-        main.copy_(grad * s if store else fma(grad, s, main))
+        if not store and s.device.type == "cpu" and s.item() == 1:
+            main.add_(grad)  # the same bits, without the work of an exact product
+        else:
+            main.copy_(grad * s if store else fma(grad, s, main))
     if partials is not None:
         partials.copy_(square_sums(main))
 
 
+@torch.no_grad()
 def accumulate_(main, grad, scale, inv_scale, store, partials):
     """See :func:`gradacc_kernels.ops.accumulate_`."""
     checks.check_accumulate(
@@ -90,6 +92,7 @@ def accumulate_(main, grad, scale, inv_scale, store, partials):
     _accumulate(main, grad, scale, inv_scale, store, partials)
 
 
+@torch.no_grad()
 def multi_accumulate_(mains, grads, scale, inv_scale, stores, partials):
     """See :func:`gradacc_kernels.ops.multi_accumulate_`."""
     checks.check_accumulate(
@@ -114,6 +117,7 @@ def multi_accumulate_(mains, grads, scale, inv_scale, stores, partials):
         )
 
 
+@torch.no_grad()
 def grad_stats(tensors, are_partials):
     """See :func:`gradacc_kernels.ops.grad_stats`."""
     checks.check_stats(tensors, are_partials, main_dtypes=MAIN_DTYPES)
@@ -123,8 +127,9 @@ def grad_stats(tensors, are_partials):
     return sums, norm.to(sums.dtype), norm.isnan().float()
 
 
+@torch.no_grad()
 def scale_(mains, factor):
     """See :func:`gradacc_kernels.ops.scale_`."""
     checks.check_scale_(mains, factor, main_dtypes=MAIN_DTYPES)
     for main in mains:
-        main.mul_(factor.reshape(()))
+        main.copy_(torch.where(factor.reshape(()) == 1, main, main * factor.reshape(())))

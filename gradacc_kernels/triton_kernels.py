@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch.autograd.graph import increment_version
 
-from gradacc_kernels import checks
+from gradacc_kernels import checks, reference
 from gradacc_kernels.checks import CHUNK_SIZE, num_chunks
 from gradacc_kernels.reference import in_layout_of
 
@@ -189,6 +189,11 @@ def _table(rows, device):
     return table.to(device, non_blocking=True), chunks
 
 
+def _is_capturing(device):
+    """Tells whether a graph is being captured, whose replays would read a table's dead memory."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _launch_one(main, grad, scale, inv_scale, store, partials):
     if main.numel() == 0:
         return
@@ -214,7 +219,7 @@ def accumulate_(main, grad, scale, inv_scale, store, partials):
     checks.check_accumulate(
         "accumulate_", [main], [grad], scale, inv_scale, None, slots, main_dtypes=MAIN_DTYPES
     )
-    increment_version(main)
+    increment_version([main, *(slots or ())])
     _launch_one(main, in_layout_of(grad, main), scale, inv_scale, store, partials)
 
 
@@ -236,11 +241,9 @@ def multi_accumulate_(mains, grads, scale, inv_scale, stores, partials):
     grads = [in_layout_of(grad, main) for main, grad in zip(mains, grads, strict=True)]
     stores = stores or [False] * len(mains)
     slots = partials or [None] * len(mains)
-    for main in mains:
-        increment_version(main)
+    increment_version([*mains, *(partials or ())])
     device = mains[0].device
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A replay would read the table of the capture from host memory that is no longer its own.
+    if _is_capturing(device):
         for main, grad, store, slot in zip(mains, grads, stores, slots, strict=True):
             _launch_one(main, grad, scale, inv_scale, store, slot)
         return
@@ -273,6 +276,8 @@ def grad_stats(tensors, are_partials):
     """See :func:`gradacc_kernels.ops.grad_stats`."""
     checks.check_stats(tensors, are_partials, main_dtypes=MAIN_DTYPES)
     device = tensors[0].device
+    if _is_capturing(device):
+        return reference.grad_stats(tensors, are_partials)
     with _on(device):
         if are_partials:
             slots = list(tensors)
@@ -299,11 +304,12 @@ def scale_(mains, factor):
     """See :func:`gradacc_kernels.ops.scale_`."""
     checks.check_scale_(mains, factor, main_dtypes=MAIN_DTYPES)
     rows = [[main.data_ptr(), 0, 0, main.numel(), 0] for main in mains if main.numel()]
-    for main in mains:
-        increment_version(main)
     if not rows:
         return
     device = mains[0].device
+    if _is_capturing(device):
+        return reference.scale_(mains, factor)
+    increment_version(mains)
     table, chunks = _table(rows, device)
     processors = (
         torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,4 +1,4 @@
-"""Seeds, devices, and the backends with the devices on which they run.
+"""Seeds, and the backends with the devices on which they run.
 
 A CUDA case always exists, marked ``gpu``, and is skipped with a reason where it cannot run. The
 Triton kernels also run on the CPU, in Triton's interpreter, where there is no CUDA device.
@@ -20,12 +20,12 @@ else:
 
 from gradacc_kernels import dispatch  # noqa: E402
 
+pytest.register_assert_rewrite("oracle")
+
 
 def pytest_configure(config):
     # The interpreter computes with numpy, which warns of every NaN and overflow.
-    config.addinivalue_line(
-        "filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter"
-    )
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 @pytest.fixture(autouse=True)
@@ -105,14 +105,6 @@ def other_backend(request):
 def cuda_backend(request):
     """The kernels for CUDA tensors."""
     return _available(request.param)
-
-
-@pytest.fixture(params=[pytest.param("cpu"), pytest.param("cuda", marks=_marks("cuda"))])
-def device(request):
-    """The CPU and, marked gpu, the current CUDA device."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return request.param
 
 
 @pytest.fixture(params=[False, True], ids=["at-once", "queued"])

@@ -19,6 +19,9 @@ def _param(device, backend):
     return pytest.param((device, backend), id=f"{device}-{backend}", marks=marks)
 
 
+needs_extension = pytest.mark.skipif(
+    dispatch.why_missing("cpu") is not None, reason=str(dispatch.why_missing("cpu"))
+)
 every_hook = pytest.mark.parametrize("hook", [_param(*case) for case in _CASES])
 
 

@@ -4,7 +4,16 @@ import threading
 
 import pytest
 import torch
-from hook_cases import arrive, backward, batch, every_hook, micro_gradients, mlp, parameter
+from hook_cases import (
+    arrive,
+    backward,
+    batch,
+    every_hook,
+    micro_gradients,
+    mlp,
+    needs_extension,
+    parameter,
+)
 from torch.utils.checkpoint import checkpoint
 
 import gradacc_kernels as gk
@@ -244,6 +253,7 @@ def test_torch_compile(hook, compiled_first):
         assert grad.equal(once.float() * 2)
 
 
+@needs_extension
 def test_compiled_autograd_names_the_way_out():
     model, x = mlp(), batch()
     gk.attach(model)

@@ -8,7 +8,16 @@ import weakref
 
 import pytest
 import torch
-from hook_cases import arrive, backward, batch, every_hook, micro_gradients, mlp, parameter
+from hook_cases import (
+    arrive,
+    backward,
+    batch,
+    every_hook,
+    micro_gradients,
+    mlp,
+    needs_extension,
+    parameter,
+)
 
 import gradacc_kernels as gk
 
@@ -119,6 +128,7 @@ def test_detach_gives_what_stock_would_hold(hook):
     assert all(p.grad.equal(g) for p, g in zip(model.parameters(), stock, strict=True))
 
 
+@needs_extension
 def test_detach_restores_the_default_grad_dtype():
     model = mlp()
     gk.attach(model).detach()

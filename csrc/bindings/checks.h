@@ -10,6 +10,7 @@
 #include <cmath>
 #include <optional>
 #include <ostream>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -30,19 +31,8 @@ struct Argument {
   }
 };
 
-inline const char* dtype_name(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return "torch.float32";
-    case at::kDouble:
-      return "torch.float64";
-    case at::kHalf:
-      return "torch.float16";
-    case at::kBFloat16:
-      return "torch.bfloat16";
-    default:
-      return c10::toString(type);
-  }
+inline std::string dtype_name(at::ScalarType type) {
+  return std::string("torch.").append(c10::getDtypeNames(type).first);
 }
 
 inline const Backend& check_backend(const Argument& what, at::Device device) {
@@ -67,6 +57,8 @@ inline void check_main(const Argument& what, const at::Tensor& main, at::Device 
   TORCH_CHECK_VALUE(main.layout() == at::kStrided && main.is_non_overlapping_and_dense(), what,
                     " must be dense in memory, without gaps or overlap, got sizes ", main.sizes(),
                     main.layout() == at::kStrided ? " with other strides" : " of a sparse layout");
+  TORCH_CHECK_VALUE(!main.is_neg(), what,
+                    " must not be a lazily negated view: pass its resolve_neg()");
   TORCH_CHECK_VALUE(!main.requires_grad(), what,
                     " must not require grad: pass a detached tensor or its .data");
   check_device(what, main, device);
@@ -127,7 +119,7 @@ class OverlapCheck {
 
   // A float32 grad may be its main gradient itself, but no other part of one.
   void check_grad(const Argument& what, const at::Tensor& grad, const at::Tensor& main) const {
-    if (ranges_.empty() || grad.numel() == 0) return;
+    if (ranges_.empty() || grad.layout() != at::kStrided || grad.numel() == 0) return;
     const Range range = range_of(grad);
     if (range.second <= ranges_.front().first || range.first >= ranges_.back().second) return;
     if (range == range_of(main)) return;
@@ -141,9 +133,11 @@ class OverlapCheck {
  private:
   using Range = std::pair<uintptr_t, uintptr_t>;
 
-  static Range range_of(const at::Tensor& dense) {
-    const auto begin = reinterpret_cast<uintptr_t>(dense.const_data_ptr());
-    return {begin, begin + dense.numel() * dense.element_size()};
+  static Range range_of(const at::Tensor& tensor) {
+    const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    int64_t last = 0;
+    for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+    return {begin, begin + (last + 1) * tensor.element_size()};
   }
 
   std::vector<Range> ranges_;

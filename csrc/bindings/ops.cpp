@@ -37,6 +37,10 @@ void accumulate(const char* op, bool is_list, const std::vector<at::Tensor>& mai
     check_grad({op, grad_arg.name, index}, grads[i], mains[i]);
     if (!partials.empty()) check_partials({op, "partials", index}, partials[i], mains[i]);
   }
+  const OverlapCheck overlap(main_arg, mains);
+  for (size_t i = 0; i < mains.size(); ++i)
+    overlap.check_grad({op, grad_arg.name, is_list ? static_cast<int64_t>(i) : -1}, grads[i],
+                       mains[i]);
 
   std::vector<at::Tensor> laid_out;  // keeps copies alive until the kernels are launched
   std::vector<Accumulation> items;
@@ -49,12 +53,8 @@ void accumulate(const char* op, bool is_list, const std::vector<at::Tensor>& mai
                      partials.empty() ? nullptr : data_of(partials[i]), mains[i].numel(),
                      grad_type(grad), !stores.empty() && stores[i]});
   }
-  const OverlapCheck overlap(main_arg, mains);
-  for (size_t i = 0; i < mains.size(); ++i)
-    overlap.check_grad({op, grad_arg.name, is_list ? static_cast<int64_t>(i) : -1}, laid_out[i],
-                       mains[i]);
-
   bump_versions(mains);
+  bump_versions(partials);
   backend.accumulate(items, rounded_scale, inv_scale ? data_of(*inv_scale) : nullptr, device);
 }
 
