@@ -80,28 +80,42 @@ def _scale_op(main_grads, factor, *, backend="auto"):
         _backend(main_grads, backend).scale_(list(main_grads), factor)
 
 
-def _check_one_device(op, tensors):
-    """Refuses a mix of devices: with one meta tensor among others, torch calls the fake alone."""
-    devices = {tensor.device for tensor in tensors if tensor is not None}
-    if len(devices) > 1:
-        found = " and ".join(sorted(map(str, devices)))
-        raise ValueError(f"{op}: all tensors must be on one device, got {found}")
+def _check_devices(op, device, **arguments):
+    """Refuses other devices: with one meta tensor among real ones, torch calls the fake alone."""
+    for name, value in arguments.items():
+        is_list = isinstance(value, (list, tuple))
+        for i, tensor in enumerate(value if is_list else [value]):
+            if tensor is not None and tensor.device != device:
+                index = f"[{i}]" if is_list else ""
+                raise ValueError(f"{op}: {name}{index} must be on {device}, got {tensor.device}")
 
 
 def _accumulate_fake(main_grad, grad, *, inv_scale=None, partials=None, **_):
-    _check_one_device("accumulate_", [main_grad, grad, inv_scale, partials])
+    _check_devices(
+        "accumulate_", main_grad.device, grad=grad, inv_scale=inv_scale, partials=partials
+    )
 
 
 def _multi_accumulate_fake(main_grads, grads, *, inv_scale=None, partials=(), **_):
-    _check_one_device("multi_accumulate_", [*main_grads, *grads, inv_scale, *partials])
+    if main_grads:
+        _check_devices(
+            "multi_accumulate_",
+            main_grads[0].device,
+            main_grads=main_grads,
+            grads=grads,
+            inv_scale=inv_scale,
+            partials=partials,
+        )
 
 
 def _scale_fake(main_grads, factor, **_):
-    _check_one_device("scale_", [*main_grads, factor])
+    if main_grads:
+        _check_devices("scale_", main_grads[0].device, main_grads=main_grads, factor=factor)
 
 
 def _grad_stats_fake(tensors, are_partials, *, backend="auto"):
-    _check_one_device("grad_stats", tensors)
+    name = "partials" if are_partials else "main_grads"
+    _check_devices("grad_stats", tensors[0].device, **{name: tensors})
     first = tensors[0]
     scalar = first.new_empty(())
     return first.new_empty((len(tensors),)), scalar, first.new_empty((), dtype=torch.float32)
