@@ -25,7 +25,7 @@ from pathlib import Path
 import report
 import torch
 from environment import environment
-from timing import rotation, time_cpu, time_cuda, time_cuda_graph
+from timing import Timing, rotation, time_cpu, time_cuda, time_cuda_graph
 from torch import Tensor
 
 from gradacc_kernels import dispatch, ops
@@ -219,7 +219,7 @@ def single_tensor_ways() -> list[Way]:
     """Returns more of torch's ways, which a list of tensors need not repeat."""
     return [
         Way(
-            "main.add_(grad.float())",
+            "grad_dtype=float32: main.add_(grad.float())",
             "torch",
             18,
             lambda b: b.main.add_(b.grad.float()),
@@ -280,7 +280,7 @@ def check(way: Way, buffers: Buffers) -> None:
         )
 
 
-def measure(way: Way, sets: Sequence[Buffers]):
+def measure(way: Way, sets: Sequence[Buffers]) -> list[Timing]:
     """Checks a way, then returns its timings: one, and one in a CUDA graph for a small list."""
     check(way, sets[0])
     calls = [partial(way.run, buffers) for buffers in sets]

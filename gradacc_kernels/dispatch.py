@@ -23,6 +23,8 @@ from types import ModuleType
 
 import torch
 
+from gradacc_kernels.checks import CHUNK_SIZE
+
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 
@@ -30,11 +32,14 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 def extension() -> ModuleType | str:
     """Returns the compiled extension, or why it cannot be imported."""
     try:
-        return importlib.import_module("gradacc_kernels._C")
+        module = importlib.import_module("gradacc_kernels._C")
     except ImportError as error:
         if "No module named 'gradacc_kernels._C'" in str(error):
             return "the extension was not built (no compiler, GRADACC_NO_EXT=1 or a failed build)"
         return f"the extension does not load: {error}"
+    if module.CHUNK_SIZE != CHUNK_SIZE:
+        return "the extension was built from other sources than these: build it again"
+    return module
 
 
 def _is_triton_interpreted() -> bool:

@@ -432,6 +432,11 @@ class Accumulator:
         """The factor :attr:`inv_scale` of each device."""
         return self._attachment.inv_scales
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory held for main gradients and their statistics."""
+        return sum(group.buffer.nbytes for group in self._attachment.groups)
+
     def __enter__(self) -> Accumulator:
         """Returns itself."""
         return self
@@ -449,11 +454,10 @@ class Accumulator:
         attachment = self._reference()
         if attachment is None:
             return "Accumulator(detached)"
-        nbytes = sum(group.buffer.nbytes for group in attachment.groups)
         count = f"{len(attachment.params)} parameters"
         if attachment.n_frozen:
             count += f" ({attachment.n_frozen} frozen ones left out)"
-        lines = [f"Accumulator({count}, scale {attachment.scale:g}, {_human(nbytes)})"]
+        lines = [f"Accumulator({count}, scale {attachment.scale:g}, {_human(self.nbytes)})"]
         return "\n  ".join(lines + [repr(group) for group in attachment.groups])
 
 

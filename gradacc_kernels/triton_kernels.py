@@ -295,8 +295,8 @@ def grad_stats(tensors, are_partials):
         sums = torch.empty(len(slots), device=device)
         norm, found_inf = torch.empty((), device=device), torch.empty((), device=device)
         table, _ = _table([[0, 0, slot.data_ptr(), slot.numel(), 0] for slot in slots], device)
-        _reduce_kernel[(len(slots),)](table, sums, BLOCK=1024)
-        _norm_kernel[(1,)](sums, norm, found_inf, len(slots), BLOCK=1024)
+        _reduce_kernel[(len(slots),)](table, sums, BLOCK=4096, num_warps=16)
+        _norm_kernel[(1,)](sums, norm, found_inf, len(slots), BLOCK=4096, num_warps=16)
     return sums, norm, found_inf
 
 

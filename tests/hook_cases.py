@@ -1,5 +1,7 @@
 """The hook's forms and small helpers for its tests."""
 
+from functools import reduce
+
 import pytest
 import torch
 
@@ -65,6 +67,13 @@ def micro_gradients(model, inputs):
     """The gradient of each micro-batch, by torch.autograd.grad, in the dtype that it comes in."""
     params = [p for p in model.parameters() if p.requires_grad]
     return [torch.autograd.grad(model(x).float().square().sum(), params) for x in inputs]
+
+
+def float32_sums(micro):
+    """The sum of each parameter's micro-gradients in float32, one after the other."""
+    return [
+        reduce(torch.add, [grad.float() for grad in grads]) for grads in zip(*micro, strict=True)
+    ]
 
 
 def backward(model, x):

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from hook_cases import backward, batch, micro_gradients, mlp
+from hook_cases import backward, batch, float32_sums, micro_gradients, mlp
 
 import gradacc_kernels as gk
 
@@ -22,9 +22,8 @@ def window(model, inputs):
 
 
 def train_unattached(model, inputs):
-    """The exact float32 sums, without the package."""
-    micro = micro_gradients(model, inputs)
-    return [torch.stack([g.float() for g in grads]).sum(0) for grads in zip(*micro, strict=True)]
+    """The float32 sums, one micro-batch after the other, without the package."""
+    return float32_sums(micro_gradients(model, inputs))
 
 
 def all_equal(ours, expected):

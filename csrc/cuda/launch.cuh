@@ -50,17 +50,17 @@ struct Table {
   }
 };
 
-// Sum over the block, in a fixed order; valid in thread 0.
-template <typename T>
+// Sum over a block of kBlock threads, in a fixed order; valid in thread 0.
+template <int kBlock = kThreads, typename T>
 __device__ T block_sum(T value) {
-  __shared__ T warps[kThreads / kWarpSize];
+  __shared__ T warps[kBlock / kWarpSize];
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
     value += __shfl_down_sync(0xffffffffu, value, offset);
   if (threadIdx.x % kWarpSize == 0) warps[threadIdx.x / kWarpSize] = value;
   __syncthreads();
   if (threadIdx.x == 0) {
     value = warps[0];
-    for (int w = 1; w < kThreads / kWarpSize; ++w) value += warps[w];
+    for (int w = 1; w < kBlock / kWarpSize; ++w) value += warps[w];
   }
   return value;
 }

@@ -44,28 +44,32 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant
 }
 
 constexpr int kMaxSlotLists = kMaxCapacity;
+// One block reads all slots of a tensor, so it must have many loads in flight.
+constexpr int kReduceThreads = 1024;
 
 struct SlotLists {
   Slots items[kMaxSlotLists];
 };
 
-// One block a tensor.
-__global__ void __launch_bounds__(kThreads)
-    reduce_kernel(const __grid_constant__ SlotLists lists, float* sums) {
-  const Slots& item = lists.items[blockIdx.x];
+// The sum of count values, in double; valid in thread 0.
+__device__ double reduce(const float* values, int64_t count) {
   double sum = 0.;
 #pragma unroll 8
-  for (int64_t i = threadIdx.x; i < item.count; i += kThreads) sum += item.partials[i];
-  sum = block_sum(sum);
+  for (int64_t i = threadIdx.x; i < count; i += kReduceThreads) sum += values[i];
+  return block_sum<kReduceThreads>(sum);
+}
+
+// One block a tensor.
+__global__ void __launch_bounds__(kReduceThreads)
+    reduce_kernel(const __grid_constant__ SlotLists lists, float* sums) {
+  const Slots& item = lists.items[blockIdx.x];
+  const double sum = reduce(item.partials, item.count);
   if (threadIdx.x == 0) sums[blockIdx.x] = static_cast<float>(sum);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kReduceThreads)
     norm_kernel(const float* sums, int64_t count, float* norm, float* found_inf) {
-  double sum = 0.;
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += sums[i];
-  sum = block_sum(sum);
+  const double sum = reduce(sums, count);
   if (threadIdx.x == 0) {
     *norm = static_cast<float>(sqrt(sum));
     *found_inf = isnan(sum) ? 1.f : 0.f;
@@ -85,7 +89,7 @@ int reduce(const Slots* items, int64_t count, float* sums, Stream stream) {
     SlotLists lists;
     const int n = static_cast<int>(std::min<int64_t>(count - begin, kMaxSlotLists));
     std::copy(items + begin, items + begin + n, lists.items);
-    reduce_kernel<<<n, kThreads, 0, stream>>>(lists, sums + begin);
+    reduce_kernel<<<n, kReduceThreads, 0, stream>>>(lists, sums + begin);
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }
@@ -93,7 +97,7 @@ int reduce(const Slots* items, int64_t count, float* sums, Stream stream) {
 }
 
 int norm(const float* sums, int64_t count, float* norm, float* found_inf, Stream stream) {
-  norm_kernel<<<1, kThreads, 0, stream>>>(sums, count, norm, found_inf);
+  norm_kernel<<<1, kReduceThreads, 0, stream>>>(sums, count, norm, found_inf);
   return cudaGetLastError();
 }
 
