@@ -57,7 +57,7 @@ class Config:
 
 CONFIGS = {
     "cpu": Config(128, 2, 4, 64, 1, steps=200, micro_batches=32, sweep=256, lr=6e-3),
-    "cuda": Config(384, 6, 6, 256, 4, steps=200, micro_batches=32, sweep=256, lr=2e-3),
+    "cuda": Config(384, 4, 6, 256, 4, steps=80, micro_batches=32, sweep=256, lr=2e-3),
     "quick": Config(64, 1, 2, 64, 1, steps=30, micro_batches=8, sweep=32, lr=1e-2),
 }
 

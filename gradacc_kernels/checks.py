@@ -5,6 +5,7 @@ A check reads metadata only, and all checks of a call come before its first writ
 
 from __future__ import annotations
 
+import bisect
 import math
 import struct
 
@@ -102,6 +103,12 @@ def _check_overlap(what, mains):
     return ranges
 
 
+def _overlaps(ranges, begin, end):
+    """Tells whether [begin, end) meets one of the ranges, which are sorted and disjoint."""
+    after = bisect.bisect_right(ranges, begin, key=lambda other: other[1])
+    return after < len(ranges) and ranges[after][0] < end
+
+
 def check_accumulate(
     op, mains, grads, scale, inv_scale, stores, partials, *, is_list=False, main_dtypes
 ):
@@ -148,7 +155,7 @@ def check_accumulate(
         begin, end = _address_range(grad)
         if begin == end or (begin, end) == _address_range(main) and grad.dtype == main.dtype:
             continue
-        if any(begin < other_end and other_begin < end for other_begin, other_end in ranges):
+        if _overlaps(ranges, begin, end):
             index = f"[{i}]" if is_list else ""
             raise ValueError(
                 f"{grad_name}{index} must not overlap a main gradient in memory: pass a clone"

@@ -100,9 +100,10 @@ def _multi_accumulate_kernel(
     row_ptr = table_ptr + _find_row(table_ptr, n_rows, chunk) * COLUMNS
     main_ptr = tl.load(row_ptr).to(tl.pointer_type(tl.float32))
     grad_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(GRAD_DTYPE))
+    # Without these hints, which single launches get by specialisation, accesses are not vectors.
     main_ptr = tl.multiple_of(main_ptr, ALIGNMENT)
     grad_ptr = tl.multiple_of(grad_ptr, ALIGNMENT)
-    n_elements = tl.load(row_ptr + 3)
+    n_elements = tl.multiple_of(tl.load(row_ptr + 3), ALIGNMENT)
     chunk -= tl.load(row_ptr + 5)
 
     offsets = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -255,7 +256,7 @@ def multi_accumulate_(mains, grads, scale, inv_scale, stores, partials):
                 [main.data_ptr(), grad.data_ptr(), slot_address, main.numel(), int(store)]
             )
     for dtype, rows in groups.items():
-        is_aligned = all(row[0] % 16 == 0 and row[1] % 16 == 0 for row in rows)
+        is_aligned = all((row[0] | row[1] | row[3]) % 16 == 0 for row in rows)
         table, chunks = _table(rows, device)
         with _on(device):
             _multi_accumulate_kernel[(chunks,)](

@@ -222,8 +222,9 @@ bool GradHooks::consume(int64_t index, const at::Tensor& grad) {
   Param& param = params_[index];
   if (!param.variable.requires_grad()) return false;  // frozen since forward: AccumulateGrad skips
   TORCH_CHECK(grad.sizes() == param.main.sizes() && grad.device() == device_,
-              "gradacc_kernels: a parameter attached with shape ", param.main.sizes(), " on ",
-              device_, " received a gradient of shape ", grad.sizes(), " on ", grad.device(),
+              "gradacc_kernels: a parameter attached with shape ", text(param.main.sizes()), " on ",
+              text(device_), " received a gradient of shape ", text(grad.sizes()), " on ",
+              text(grad.device()),
               ". Call Accumulator.refresh() after moving parameters; detach and attach again after "
               "reshaping them.");
   TORCH_CHECK(!grad.is_complex(), "gradacc_kernels: cannot accumulate a complex gradient");

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <optional>
 #include <ostream>
 #include <string>
@@ -18,6 +19,28 @@
 
 namespace gradacc {
 
+// Messages are put together from strings alone. Formatting a number through a stream of torch's
+// crashes where a compiler has linked a C++ standard library of its own into this extension.
+inline std::string text(int64_t number) { return std::to_string(number); }
+
+inline std::string text(double number) {
+  char buffer[32];
+  std::snprintf(buffer, sizeof(buffer), "%g", number);
+  return buffer;
+}
+
+inline std::string text(at::IntArrayRef sizes) {
+  std::string result = "[";
+  for (size_t d = 0; d < sizes.size(); ++d) result += (d ? ", " : "") + text(sizes[d]);
+  return result + "]";
+}
+
+inline std::string text(at::ScalarType type) {
+  return std::string("torch.").append(c10::getDtypeNames(type).first);
+}
+
+inline std::string text(at::Device device) { return device.str(); }
+
 // An argument by its name in Python: "accumulate_: grad", "multi_accumulate_: grads[3]".
 struct Argument {
   const char* op;
@@ -26,36 +49,33 @@ struct Argument {
 
   friend std::ostream& operator<<(std::ostream& out, const Argument& a) {
     out << a.op << ": " << a.name;
-    if (a.index >= 0) out << '[' << a.index << ']';
+    if (a.index >= 0) out << '[' << text(a.index) << ']';
     return out;
   }
 };
 
-inline std::string dtype_name(at::ScalarType type) {
-  return std::string("torch.").append(c10::getDtypeNames(type).first);
-}
-
 inline const Backend& check_backend(const Argument& what, at::Device device) {
   const Backend* backend = find_backend(device);
   TORCH_CHECK_VALUE(backend, what, " must be on a device that the compiled extension serves, got ",
-                    device);
+                    text(device));
   return *backend;
 }
 
 inline void check_float32(const Argument& what, const at::Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, what, " must be torch.float32, got ",
-                   dtype_name(tensor.scalar_type()));
+                   text(tensor.scalar_type()));
 }
 
 inline void check_device(const Argument& what, const at::Tensor& tensor, at::Device device) {
-  TORCH_CHECK_VALUE(tensor.device() == device, what, " must be on ", device, ", got ",
-                    tensor.device());
+  TORCH_CHECK_VALUE(tensor.device() == device, what, " must be on ", text(device), ", got ",
+                    text(tensor.device()));
 }
 
 inline void check_main(const Argument& what, const at::Tensor& main, at::Device device) {
   check_float32(what, main);
   TORCH_CHECK_VALUE(main.layout() == at::kStrided && main.is_non_overlapping_and_dense(), what,
-                    " must be dense in memory, without gaps or overlap, got sizes ", main.sizes(),
+                    " must be dense in memory, without gaps or overlap, got sizes ",
+                    text(main.sizes()),
                     main.layout() == at::kStrided ? " with other strides" : " of a sparse layout");
   TORCH_CHECK_VALUE(!main.is_neg(), what,
                     " must not be a lazily negated view: pass its resolve_neg()");
@@ -67,11 +87,10 @@ inline void check_main(const Argument& what, const at::Tensor& main, at::Device 
 inline void check_grad(const Argument& what, const at::Tensor& grad, const at::Tensor& main) {
   const auto type = grad.scalar_type();
   TORCH_CHECK_TYPE(type == at::kHalf || type == at::kBFloat16 || type == at::kFloat, what,
-                   " must be torch.float16, torch.bfloat16 or torch.float32, got ",
-                   dtype_name(type));
+                   " must be torch.float16, torch.bfloat16 or torch.float32, got ", text(type));
   TORCH_CHECK_VALUE(grad.sizes() == main.sizes(), what,
-                    " must have the shape of its main gradient, ", main.sizes(), ", got ",
-                    grad.sizes());
+                    " must have the shape of its main gradient, ", text(main.sizes()), ", got ",
+                    text(grad.sizes()));
   check_device(what, grad, main.device());
 }
 
@@ -81,7 +100,7 @@ inline void check_partials(const Argument& what, const at::Tensor& partials,
   TORCH_CHECK_VALUE(partials.dim() == 1 && partials.is_contiguous() &&
                         partials.numel() == num_chunks(main.numel()),
                     what, " must be contiguous of shape [num_chunks(numel)] = [",
-                    num_chunks(main.numel()), "], got ", partials.sizes());
+                    text(num_chunks(main.numel())), "], got ", text(partials.sizes()));
   check_device(what, partials, main.device());
 }
 
@@ -89,19 +108,20 @@ inline void check_partials(const Argument& what, const at::Tensor& partials,
 inline void check_scalar(const Argument& what, const at::Tensor& scalar, at::Device device) {
   check_float32(what, scalar);
   TORCH_CHECK_VALUE(scalar.numel() == 1, what, " must hold one element, got shape ",
-                    scalar.sizes());
+                    text(scalar.sizes()));
   check_device(what, scalar, device);
 }
 
 inline float check_scale(const char* op, double scale) {
   const float rounded = static_cast<float>(scale);
-  TORCH_CHECK_VALUE(std::isfinite(rounded), op, ": scale must be finite in float32, got ", scale);
+  TORCH_CHECK_VALUE(std::isfinite(rounded), op, ": scale must be finite in float32, got ",
+                    text(scale));
   return rounded;
 }
 
-inline void check_length(const Argument& what, size_t got, size_t expected) {
-  TORCH_CHECK_VALUE(got == expected, what, " must have one entry per main gradient, ", expected,
-                    ", got ", got);
+inline void check_length(const Argument& what, int64_t got, int64_t expected) {
+  TORCH_CHECK_VALUE(got == expected, what, " must have one entry per main gradient, ",
+                    text(expected), ", got ", text(got));
 }
 
 // No element may be written twice in a pass, or written and read at different indices.
