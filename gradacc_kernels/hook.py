@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -138,42 +139,56 @@ class _Attachment:
         self.inv_scales: dict[torch.device, Tensor] = {}
         # Parameters whose grad_dtype had to be changed: what it was, and the dtype it was that of.
         self.grad_dtypes: dict[str, tuple[torch.dtype | None, torch.dtype]] = {}
+        # The covered parameters under all their names: tied weights have several.
+        self.aliases: dict[str, Tensor] = {}
         self.watch = None
-        self.build()
+        self.install(params, self.make_groups(params))
 
-    def build(self) -> None:
-        """Makes storage and hooks for the parameters as they are now."""
+    def members(self) -> Iterator[tuple[_Group, int, str, Tensor]]:
+        """Yields each covered parameter with its group, its index there and its name."""
+        for group in self.groups:
+            for index, name in enumerate(group.names):
+                yield group, index, name, self.params[name]
+
+    def make_groups(self, params: dict[str, Tensor]) -> list[_Group]:
+        """Allocates storage for parameters as they are now, and changes nothing."""
         by_kind: dict[tuple, dict[str, Tensor]] = {}
-        for name, param in self.params.items():
+        for name, param in params.items():
             by_kind.setdefault((param.device, main_dtype(param)), {})[name] = param
-        for device, _ in by_kind:
-            if device not in self.inv_scales:
-                self.inv_scales[device] = torch.ones((), device=device)
         groups = []
-        for kind, named in by_kind.items():
-            requested = _requested(self.requested_backend, kind[1])
-            backend = dispatch.choose(*kind, requested)
-            if backend == "reference" and requested == "auto" and kind[1] == torch.float32:
+        for (device, dtype), named in by_kind.items():
+            requested = _requested(self.requested_backend, dtype)
+            backend = dispatch.choose(device, dtype, requested)
+            if backend == "reference" and requested == "auto" and dtype == torch.float32:
                 warnings.warn(
-                    f"gradacc_kernels: gradients on {kind[0]} are summed in eager torch, which is "
-                    f"slow: {dispatch.why_missing(kind[0].type)}. python -m gradacc_kernels tells "
+                    f"gradacc_kernels: gradients on {device} are summed in eager torch, which is "
+                    f"slow: {dispatch.why_missing(device.type)}. python -m gradacc_kernels tells "
                     "more; backend='reference' silences this.",
                     stacklevel=4,
                 )
-            names, params = list(named), list(named.values())
-            inv_scale = self.inv_scales[kind[0]]
-            groups.append(_Group(names, params, self.scale, inv_scale, backend))
-        self.groups = groups
+            if device not in self.inv_scales:
+                self.inv_scales[device] = torch.ones((), device=device)
+            inv_scale = self.inv_scales[device]
+            groups.append(_Group(list(named), list(named.values()), self.scale, inv_scale, backend))
+        return groups
+
+    def install(self, params: dict[str, Tensor], groups: list[_Group]) -> None:
+        """Hooks the parameters up to their storage."""
+        self.params, self.groups = params, groups
+        root = self.root() if self.root is not None else None
+        self.aliases = _aliases(root, params)
+        uses = Counter(map(id, self.aliases.values()))
+        for group, index, name, param in self.members():
+            _covered[param] = (weakref.ref(group), index)
+            if param.dtype != group.dtype:
+                # None lets `.grad` be float32, and a gradient of any dtype reach the hook uncast.
+                # The uses of a shared parameter are summed before any hook: float32 makes autograd
+                # cast each of them first.
+                self.grad_dtypes.setdefault(name, (param.grad_dtype, param.dtype))
+                param.grad_dtype = group.dtype if uses[id(param)] > 1 else None
         for group in groups:
-            for index, name in enumerate(group.names):
-                param = self.params[name]
-                _covered[param] = (weakref.ref(group), index)
-                if param.dtype != group.dtype:
-                    # Lets `.grad` be float32, and a gradient of any dtype reach the hook uncast.
-                    self.grad_dtypes.setdefault(name, (param.grad_dtype, param.dtype))
-                    param.grad_dtype = None
             group.hooks.refresh()
-        self.watch = _watch(self.root() if self.root is not None else None, self.params)
+        self.watch = _watch(root, self.aliases)
 
     def refresh(self) -> None:
         """Follows the parameters to new nodes, streams, dtypes, devices and objects."""
@@ -186,52 +201,58 @@ class _Attachment:
         root = self.root() if self.root is not None else None
         params = self.params
         if root is not None:
-            present = dict(root.named_parameters())
-            params = {name: present.get(name, param) for name, param in params.items()}
-        for group in self.groups:
-            for name, main in zip(group.names, group.buffer.views, strict=True):
-                if params[name].shape != main.shape:
-                    raise RuntimeError(
-                        f"gradacc_kernels: parameter {name} had shape {list(main.shape)} when it "
-                        f"was attached, and has {list(params[name].shape)} now: detach and attach "
-                        "again"
-                    )
-                _check_param(name, params[name], self.requested_backend)
-        sums = {}
-        for group in self.groups:
-            for index, name in enumerate(group.names):
-                # A parameter object that took another's place brings its own .grad.
-                is_same = params[name] is self.params[name]
-                sums[name] = group.hooks.current(index) if is_same else params[name].grad
-            group.hooks.remove()
+            # By name, for a parameter whose object was replaced, or by object, for one that moved.
+            known = WeakTensorKeyDictionary({param: name for name, param in params.items()})
+            params = {
+                name: param
+                for name, param in root.named_parameters()
+                if name in self.aliases or param in known
+            }
         for name, param in params.items():
-            if param is not self.params[name]:
-                _covered.pop(self.params[name], None)
-                self.grad_dtypes.pop(name, None)
-            param.grad = None
-        self.params = params
-        self.build()
+            before = self.aliases.get(name)
+            if before is not None and _main_shape(before) != param.shape:
+                raise RuntimeError(
+                    f"gradacc_kernels: parameter {name} had shape {list(_main_shape(before))} when "
+                    f"it was attached, and has {list(param.shape)} now: detach and attach again"
+                )
+            _check_param(name, param, self.requested_backend)
+        groups = self.make_groups(params)
+
+        kept = WeakTensorKeyDictionary({param: name for name, param in params.items()})
+        sums = WeakTensorKeyDictionary({param: param.grad for param in params.values()})
+        for group, index, name, param in list(self.members()):
+            if param in kept:
+                sums[param] = group.hooks.current(index)
+            else:
+                self.release(group, index, name, param)
         for group in self.groups:
-            for index, name in enumerate(group.names):
-                if sums[name] is not None:
-                    params[name].grad = sums[name].to(group.device, group.dtype)
-                    group.hooks.expose(index)
+            group.hooks.remove()
+        for param in params.values():
+            param.grad = None
+        self.install(params, groups)
+        for group, index, _, param in self.members():
+            if sums[param] is not None:
+                param.grad = sums[param].to(group.device, group.dtype)
+                group.hooks.expose(index)
+
+    def release(self, group: _Group, index: int, name: str, param: Tensor) -> None:
+        """Gives one parameter back to stock autograd, with the gradient that it would hold."""
+        value = group.hooks.current(index)
+        _covered.pop(param, None)
+        param.grad = None
+        if name in self.grad_dtypes:
+            _restore_grad_dtype(param, *self.grad_dtypes.pop(name))
+        if value is not None:
+            # Never the view itself: it would keep the flat buffer alive.
+            param.grad = value.to(param.device, param.grad_dtype, copy=True)
 
     def detach(self) -> None:
-        """Gives the parameters back to stock autograd, with the gradients that it would hold."""
+        """Gives all parameters back."""
         if self.handle is not None:
             self.handle.remove()
+        for member in self.members():
+            self.release(*member)
         for group in self.groups:
-            for index, name in enumerate(group.names):
-                param = self.params[name]
-                value = group.hooks.current(index)
-                _covered.pop(param, None)
-                param.grad = None
-                if name in self.grad_dtypes:
-                    _restore_grad_dtype(param, *self.grad_dtypes[name])
-                if value is not None:
-                    # Never the view itself: it would keep the flat buffer alive.
-                    param.grad = value.to(param.device, param.grad_dtype, copy=True)
             group.hooks.remove()
         self.groups = []
 
@@ -239,6 +260,19 @@ class _Attachment:
         # Parameters may outlive a model or an Accumulator, and must then train as stock ones do.
         if not sys.is_finalizing() and self.groups:
             self.detach()
+
+
+def _main_shape(param: Tensor) -> torch.Size:
+    group, index = _find(param)
+    return group.buffer.views[index].shape
+
+
+def _aliases(root: torch.nn.Module | None, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    if root is None:
+        return params
+    covered = set(map(id, params.values()))
+    named = root.named_parameters(remove_duplicate=False)
+    return {name: param for name, param in named if id(param) in covered}
 
 
 def _restore_grad_dtype(

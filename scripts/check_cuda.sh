@@ -47,8 +47,10 @@ for library in "$packages"/nvidia/cu13/lib/*.so.*; do
   ln -s "$library" "$scratch/lib/$(basename "$library" | sed 's/\.so\..*/.so/')" 2> /dev/null || true
 done
 export CPATH=$packages/nvidia/cu13/include LIBRARY_PATH=$scratch/lib
-CUDA_HOME=$(dirname "$(dirname "$(readlink -f "$nvcc")")")
-[ -x "$CUDA_HOME/bin/ptxas" ] || CUDA_HOME=$(ls -d /usr/local/cuda-13* | tail -n 1)
+# nvcc on the PATH may be a script beside no toolkit.
+for CUDA_HOME in "$(dirname "$(dirname "$(readlink -f "$nvcc")")")" /usr/local/cuda*; do
+  [ ! -e "$CUDA_HOME/include/crt/host_config.h" ] || break
+done
 export CUDA_HOME PATH=$PWD/$venv/bin:$PATH
 
 cp -r setup.py pyproject.toml README.md csrc gradacc_kernels "$scratch"

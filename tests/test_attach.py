@@ -277,6 +277,32 @@ def test_sparse_embedding_gradients_are_summed_in_float32(hook):
 
 
 @every_hook
+def test_the_uses_of_a_tied_weight_are_summed_in_float32(hook):
+    device, backend = hook
+
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Linear(1, 1, bias=False).to(device, torch.bfloat16)
+            self.b = torch.nn.Linear(1, 1, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x, y):
+            return self.a(x) + self.b(y)
+
+    model = Tied()
+    inputs = [torch.full((1, 1), v, device=device).bfloat16() for v in (1.0, 1 / 512)]
+    model(*inputs).backward()
+    assert model.a.weight.grad.item() == 1.0  # the control
+    model.zero_grad()
+    accumulator = gk.attach(model, backend=backend)
+    model(*inputs).backward()
+    assert model.a.weight.grad.item() == 1 + 1 / 512
+    accumulator.detach()
+    assert model.a.weight.grad_dtype == torch.bfloat16
+
+
+@every_hook
 def test_expose_for_replayed_graphs(hook):
     device, backend = hook
     model = mlp(device)

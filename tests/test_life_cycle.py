@@ -107,6 +107,54 @@ def test_a_reshaped_parameter_is_refused(hook):
 
 
 @every_hook
+def test_a_removed_parameter_is_given_back(hook):
+    device, backend = hook
+    model, x = mlp(device), batch(device)
+    accumulator = gk.attach(model, backend=backend)
+    backward(model, x)
+    sums = [p.grad.clone() for p in model.parameters()]
+    removed = model[3].bias
+    model[3].bias = None
+    model(x)
+    assert removed.grad.dtype == torch.bfloat16 and removed.grad.equal(sums.pop().bfloat16())
+    assert all(p.grad.equal(s) for p, s in zip(model.parameters(), sums, strict=True))
+    assert "5 parameters" in repr(accumulator)
+
+
+@every_hook
+def test_assigning_a_state_dict_unties_and_covers_both(hook):
+    device, backend = hook
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(2)))
+    model.to(device, torch.bfloat16)
+    model[1].weight = model[0].weight
+    gk.attach(model, backend=backend)
+    loaded = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    model.load_state_dict(loaded, assign=True)
+    x = torch.randn(2, 4, device=device).bfloat16()
+    expected = micro_gradients(model, [x])[0]
+    backward(model, x)
+    for param, grad in zip(model.parameters(), expected, strict=True):
+        assert param.grad.dtype == torch.float32 and param.grad.equal(grad.float())
+
+
+@every_hook
+def test_a_broken_tie_leaves_both_parameters_covered(hook):
+    device, backend = hook
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(2)))
+    model.to(device, torch.bfloat16)
+    model[1].weight = model[0].weight
+    gk.attach(model, backend=backend)
+    x = torch.randn(2, 4, device=device).bfloat16()
+    backward(model, x)
+    summed = model[1].weight.grad.clone()
+    model[0].weight = torch.nn.Parameter(torch.randn_like(model[0].weight))
+    expected = micro_gradients(model, [x])[0]
+    backward(model, x)
+    assert model[0].weight.grad.equal(expected[0].float())
+    assert model[1].weight.grad.equal(summed + expected[1].float())
+
+
+@every_hook
 def test_detach_gives_what_stock_would_hold(hook):
     device, backend = hook
     model, x = mlp(device), batch(device)
