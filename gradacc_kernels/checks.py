@@ -57,6 +57,14 @@ def _check_device(what, tensor, device):
         raise ValueError(f"{what} must be on {device}, got {tensor.device}")
 
 
+def _check_plain(what, tensor):
+    """Refuses tensors whose memory does not hold their values."""
+    if tensor.layout != torch.strided or tensor._is_zerotensor():
+        raise ValueError(f"{what} must be a strided tensor with memory of its own")
+    if tensor.is_neg():
+        raise ValueError(f"{what} must not be a lazily negated view: pass its resolve_neg()")
+
+
 def _check_main(what, main, device, dtypes):
     _check_dtype(what, main, dtypes)
     is_strided = main.layout == torch.strided
@@ -66,8 +74,7 @@ def _check_main(what, main, device, dtypes):
             f"{what} must be dense in memory, without gaps or overlap, got sizes "
             f"{list(main.shape)} {got}"
         )
-    if main.is_neg():
-        raise ValueError(f"{what} must not be a lazily negated view: pass its resolve_neg()")
+    _check_plain(what, main)
     if main.requires_grad:
         raise ValueError(f"{what} must not require grad: pass a detached tensor or its .data")
     _check_device(what, main, device)
@@ -77,6 +84,7 @@ def _check_scalar(what, scalar, device, dtypes=(torch.float32,)):
     _check_dtype(what, scalar, dtypes)
     if scalar.numel() != 1:
         raise ValueError(f"{what} must hold one element, got shape {list(scalar.shape)}")
+    _check_plain(what, scalar)
     _check_device(what, scalar, device)
 
 
@@ -103,10 +111,12 @@ def _check_overlap(what, mains):
     return ranges
 
 
-def _overlaps(ranges, begin, end):
-    """Tells whether [begin, end) meets one of the ranges, which are sorted and disjoint."""
+def _check_read(what, tensor, ranges):
+    """Refuses memory in one of the ranges that a pass writes; they are sorted and disjoint."""
+    begin, end = _address_range(tensor)
     after = bisect.bisect_right(ranges, begin, key=lambda other: other[1])
-    return after < len(ranges) and ranges[after][0] < end
+    if begin < end and after < len(ranges) and ranges[after][0] < end:
+        raise ValueError(f"{what} must not overlap a main gradient in memory: pass a clone")
 
 
 def check_accumulate(
@@ -149,17 +159,16 @@ def check_accumulate(
                     f"{what} must be contiguous of shape [num_chunks(numel)] = [{chunks}], got "
                     f"{list(slots.shape)}"
                 )
+            _check_plain(what, slots)
             _check_device(what, slots, device)
     ranges = _check_overlap(main_name, mains)
+    if inv_scale is not None:
+        _check_read(f"{op}: inv_scale", inv_scale, ranges)
+    if partials:
+        _check_overlap(f"{op}: partials", [*mains, *partials])
     for i, (main, grad) in enumerate(zip(mains, grads, strict=True)):
-        begin, end = _address_range(grad)
-        if begin == end or (begin, end) == _address_range(main) and grad.dtype == main.dtype:
-            continue
-        if _overlaps(ranges, begin, end):
-            index = f"[{i}]" if is_list else ""
-            raise ValueError(
-                f"{grad_name}{index} must not overlap a main gradient in memory: pass a clone"
-            )
+        if _address_range(grad) != _address_range(main) or grad.dtype != main.dtype:
+            _check_read(grad_name + (f"[{i}]" if is_list else ""), grad, ranges)
 
 
 def check_stats(tensors, are_partials, *, main_dtypes):
@@ -178,4 +187,4 @@ def check_scale_(mains, factor, *, main_dtypes):
     _check_scalar("scale_: factor", factor, mains[0].device)
     for i, main in enumerate(mains):
         _check_main(f"scale_: main_grads[{i}]", main, mains[0].device, main_dtypes)
-    _check_overlap("scale_: main_grads", mains)
+    _check_read("scale_: factor", factor, _check_overlap("scale_: main_grads", mains))

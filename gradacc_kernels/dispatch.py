@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -35,6 +36,9 @@ def extension() -> ModuleType | str:
         module = importlib.import_module("gradacc_kernels._C")
     except ImportError as error:
         if "No module named 'gradacc_kernels._C'" in str(error):
+            root = Path(__file__).parent.parent
+            if (root / "setup.py").exists():
+                return f"{root} is imported as a source tree: pip install -e it, or leave it"
             return "the extension was not built (no compiler, GRADACC_NO_EXT=1 or a failed build)"
         return f"the extension does not load: {error}"
     if module.CHUNK_SIZE != CHUNK_SIZE:

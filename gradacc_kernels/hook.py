@@ -8,6 +8,7 @@ the flat buffer (buffer.py) of which ``.grad`` is a view.
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 import weakref
 from collections import Counter
@@ -47,7 +48,10 @@ class _MainGrad:
         group, index = _find(param)
         if group is None:
             raise AttributeError(f"'{owner.__name__}' object has no attribute 'main_grad'")
-        return group.buffer.views[index]
+        # Never the hook's own tensor, whose memory `.data =` could replace.
+        view, grad = group.buffer.views[index], param.grad
+        is_view = grad is not None and grad.data_ptr() == view.data_ptr()
+        return grad if is_view and grad.dtype == view.dtype else view.data
 
 
 torch.nn.Parameter.main_grad = _MainGrad()
@@ -69,12 +73,14 @@ class _Group:
         scale: float,
         inv_scale: Tensor,
         backend: str,
+        owner: _Attachment,
     ):
         self.names = names
         self.backend = backend
         self.device = params[0].device
         self.dtype = main_dtype(params[0])
         self.buffer = FlatBuffer(params, self.dtype)
+        self.inv_scale = inv_scale
         arguments = (
             params,
             self.buffer.views,
@@ -87,7 +93,9 @@ class _Group:
         module = dispatch.module(backend)
         self.is_native = backend in ("cuda", "cpu")
         self.hooks: Any = (
-            module.GradHooks(*arguments) if self.is_native else PythonHooks(*arguments, module)
+            module.GradHooks(*arguments)
+            if self.is_native
+            else PythonHooks(*arguments, module, owner)
         )
 
     def __repr__(self) -> str:
@@ -136,7 +144,7 @@ class _Attachment:
         self.params = params
         self.handle = None
         self.groups: list[_Group] = []
-        self.inv_scales: dict[torch.device, Tensor] = {}
+        self.lock = threading.RLock()
         # Parameters whose grad_dtype had to be changed: what it was, and the dtype it was that of.
         self.grad_dtypes: dict[str, tuple[torch.dtype | None, torch.dtype]] = {}
         # The covered parameters under all their names: tied weights have several.
@@ -155,6 +163,8 @@ class _Attachment:
         by_kind: dict[tuple, dict[str, Tensor]] = {}
         for name, param in params.items():
             by_kind.setdefault((param.device, main_dtype(param)), {})[name] = param
+        inv_scales = {group.device: group.inv_scale for group in self.groups}
+        before = next(iter(inv_scales.values()), None)
         groups = []
         for (device, dtype), named in by_kind.items():
             requested = _requested(self.requested_backend, dtype)
@@ -166,10 +176,12 @@ class _Attachment:
                     "more; backend='reference' silences this.",
                     stacklevel=4,
                 )
-            if device not in self.inv_scales:
-                self.inv_scales[device] = torch.ones((), device=device)
-            inv_scale = self.inv_scales[device]
-            groups.append(_Group(list(named), list(named.values()), self.scale, inv_scale, backend))
+            if device not in inv_scales:
+                one = torch.ones((), dtype=torch.float32, device=device)
+                inv_scales[device] = one if before is None else before.to(device)
+            names, members = list(named), list(named.values())
+            inv_scale = inv_scales[device]
+            groups.append(_Group(names, members, self.scale, inv_scale, backend, self))
         return groups
 
     def install(self, params: dict[str, Tensor], groups: list[_Group]) -> None:
@@ -180,7 +192,7 @@ class _Attachment:
         uses = Counter(map(id, self.aliases.values()))
         for group, index, name, param in self.members():
             _covered[param] = (weakref.ref(group), index)
-            if param.dtype != group.dtype:
+            if param.grad_dtype not in (None, group.dtype):
                 # None lets `.grad` be float32, and a gradient of any dtype reach the hook uncast.
                 # The uses of a shared parameter are summed before any hook: float32 makes autograd
                 # cast each of them first.
@@ -192,15 +204,20 @@ class _Attachment:
 
     def refresh(self) -> None:
         """Follows the parameters to new nodes, streams, dtypes, devices and objects."""
-        is_changed = self.watch is not None and self.watch.is_changed()
-        if is_changed or not all([group.hooks.refresh() for group in self.groups]):
-            self.rebuild()
+        if torch.is_inference_mode_enabled():
+            return  # no backward can follow, and what is made here would be inference tensors
+        with self.lock:
+            is_changed = self.watch is not None and self.watch.is_changed()
+            if is_changed or not all([group.hooks.refresh() for group in self.groups]):
+                self.rebuild()
 
     def rebuild(self) -> None:
         """Starts again from the parameters as they are now, with what they have summed."""
         root = self.root() if self.root is not None else None
         params = self.params
         if root is not None:
+            if any(not isinstance(p, torch.nn.Parameter) for p in root.parameters()):
+                return  # torch.func.functional_call has put tensors in their place for one call
             # By name, for a parameter whose object was replaced, or by object, for one that moved.
             known = WeakTensorKeyDictionary({param: name for name, param in params.items()})
             params = {
@@ -218,6 +235,8 @@ class _Attachment:
             _check_param(name, param, self.requested_backend)
         groups = self.make_groups(params)
 
+        for group in self.groups:
+            group.hooks.remove()
         kept = WeakTensorKeyDictionary({param: name for name, param in params.items()})
         sums = WeakTensorKeyDictionary({param: param.grad for param in params.values()})
         for group, index, name, param in list(self.members()):
@@ -225,8 +244,6 @@ class _Attachment:
                 sums[param] = group.hooks.current(index)
             else:
                 self.release(group, index, name, param)
-        for group in self.groups:
-            group.hooks.remove()
         for param in params.values():
             param.grad = None
         self.install(params, groups)
@@ -238,27 +255,35 @@ class _Attachment:
     def release(self, group: _Group, index: int, name: str, param: Tensor) -> None:
         """Gives one parameter back to stock autograd, with the gradient that it would hold."""
         value = group.hooks.current(index)
-        _covered.pop(param, None)
-        param.grad = None
-        if name in self.grad_dtypes:
-            _restore_grad_dtype(param, *self.grad_dtypes.pop(name))
+        before, of_dtype = self.grad_dtypes.pop(name, (param.grad_dtype, None))
+        # The default is the parameter's own dtype, which a cast may have changed meanwhile.
+        grad_dtype = param.dtype if before == of_dtype else before
         if value is not None:
             # Never the view itself: it would keep the flat buffer alive.
-            param.grad = value.to(param.device, param.grad_dtype, copy=True)
+            value = value.to(param.device, grad_dtype, copy=True)
+        _covered.pop(param, None)
+        param.grad = None
+        if of_dtype is not None:
+            param.grad_dtype = grad_dtype
+            extension = dispatch.extension()
+            if before == of_dtype and not isinstance(extension, str):
+                extension.follow_own_dtype(param)  # torch's Python API has no way to the default
+        param.grad = value
 
     def detach(self) -> None:
         """Gives all parameters back."""
-        if self.handle is not None:
-            self.handle.remove()
-        for member in self.members():
-            self.release(*member)
-        for group in self.groups:
-            group.hooks.remove()
-        self.groups = []
+        with self.lock:
+            if self.handle is not None:
+                self.handle.remove()
+            for group in self.groups:
+                group.hooks.remove()
+            for member in self.members():
+                self.release(*member)
+            self.groups = []
 
-    def __del__(self):
+    def __del__(self, is_finalizing=sys.is_finalizing):
         # Parameters may outlive a model or an Accumulator, and must then train as stock ones do.
-        if not sys.is_finalizing() and self.groups:
+        if not is_finalizing() and getattr(self, "groups", None):
             self.detach()
 
 
@@ -273,19 +298,6 @@ def _aliases(root: torch.nn.Module | None, params: dict[str, Tensor]) -> dict[st
     covered = set(map(id, params.values()))
     named = root.named_parameters(remove_duplicate=False)
     return {name: param for name, param in named if id(param) in covered}
-
-
-def _restore_grad_dtype(
-    param: Tensor, grad_dtype: torch.dtype | None, of_dtype: torch.dtype
-) -> None:
-    """Sets grad_dtype as it was: explicit, or by default the parameter's dtype, whatever it is."""
-    if grad_dtype != of_dtype:
-        param.grad_dtype = grad_dtype
-        return
-    param.grad_dtype = param.dtype
-    extension = dispatch.extension()
-    if not isinstance(extension, str):
-        extension.follow_own_dtype(param)  # torch's Python API has no way back to the default
 
 
 class _PythonWatch:
@@ -439,7 +451,8 @@ class Accumulator:
                     norms.append(norm.to(device, non_blocking=True))
                     verdicts.append(verdict.to(device, non_blocking=True))
         if not norms:
-            return torch.zeros((), device=device), torch.zeros((), device=device)
+            zero = torch.zeros((), dtype=torch.float32, device=device)
+            return zero, zero.clone()
         if len(norms) == 1:
             return norms[0].float(), verdicts[0]
         return torch.linalg.vector_norm(torch.stack(norms).float()), torch.stack(verdicts).amax()
@@ -464,7 +477,7 @@ class Accumulator:
     @property
     def inv_scales(self) -> dict[torch.device, Tensor]:
         """The factor :attr:`inv_scale` of each device."""
-        return self._attachment.inv_scales
+        return {group.device: group.inv_scale for group in self._attachment.groups}
 
     @property
     def nbytes(self) -> int:
@@ -550,6 +563,10 @@ def attach(
     another tensor                    copied into the view, then added
     ================================  ====================================================
 
+    A ``.grad`` that exists at attach counts as another tensor. A kept reference to a ``.grad`` sees
+    the next window: clone what you keep. Parameters that are frozen now, or added later, are not
+    covered: they get stock gradients, without ``scale``.
+
     ``param.main_grad`` of an ``nn.Parameter`` is the main gradient too. A parameter without a
     gradient keeps ``.grad`` None. With ``backward(create_graph=True)`` gradients go to stock
     accumulation.
@@ -611,7 +628,12 @@ def _named(model_or_params) -> dict[str, Tensor]:
         return dict(model_or_params.named_parameters())
     if isinstance(model_or_params, Tensor):
         model_or_params = [model_or_params]
-    params: Sequence[Tensor] = list(model_or_params)
+    try:
+        params: Sequence[Tensor] = list(model_or_params)
+    except TypeError:
+        raise TypeError(
+            f"attach: expected a module or tensors, got {type(model_or_params).__name__}"
+        ) from None
     unique: dict[int, tuple[str, Tensor]] = {}
     for index, param in enumerate(params):
         if not isinstance(param, Tensor):

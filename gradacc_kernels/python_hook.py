@@ -5,6 +5,7 @@ It does what csrc/autograd/hook.h says of its C++ twin, by the same rules and un
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradacc_kernels import dispatch
 from gradacc_kernels.reference import in_layout_of
 
 _SUPPORTED = (torch.float16, torch.bfloat16, torch.float32)
@@ -27,6 +29,7 @@ class _Param:
     partials: Tensor
     dtype: torch.dtype
     exposed: Tensor | None = None  # the tensor last made `.grad`
+    exposed_version: int = -1  # of it, when a gradient was last added
     statistics_version: int | None = None
     node: Any = None
     handle: Any = None
@@ -45,6 +48,22 @@ class _Queue:
     batch: int = 0  # counts the launches
 
 
+def _is_watched(param: Tensor) -> bool:
+    """Tells whether other hooks read a parameter's ``.grad`` as soon as ours returns."""
+    if param._post_accumulate_grad_hooks:
+        return True
+    extension = dispatch.extension()
+    if not isinstance(extension, str):
+        return extension.has_post_hooks(param)
+    # Python does not see the hook of DistributedDataParallel.
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _in_compiled_autograd() -> bool:
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and module.in_compiled_autograd_region
+
+
 class PythonHooks:
     """Pre-hooks on the AccumulateGrad nodes of the parameters of one device.
 
@@ -57,6 +76,7 @@ class PythonHooks:
         queue_below: bytes of a gradient from which on it is added when it arrives.
         queue_bytes: bytes of queued gradients at which they are launched.
         backend: the module whose ops do the work.
+        owner: what must stay alive while a hook runs; with its death the hooks end.
     """
 
     def __init__(
@@ -69,6 +89,7 @@ class PythonHooks:
         queue_below: int,
         queue_bytes: int,
         backend: ModuleType,
+        owner: object,
     ):
         self._params = [
             _Param(param, main, slots, param.dtype)
@@ -80,6 +101,7 @@ class PythonHooks:
         self._queue_below = queue_below
         self._queue_bytes = queue_bytes
         self._backend = backend
+        self._owner = weakref.ref(owner)
         self._lock = threading.Lock()
         self._queues: list[weakref.ref[_Queue]] = []
         self._stream = None
@@ -102,7 +124,8 @@ class PythonHooks:
                     variable.dtype != param.dtype
                     or variable.device != self._device
                     or variable.shape != param.main.shape
-                    or variable.stride() != param.main.stride()
+                    or variable.numel() > 0
+                    and variable.stride() != param.main.stride()
                     and torch.ops.aten.is_non_overlapping_and_dense(variable)
                 ):
                     return False
@@ -124,16 +147,18 @@ class PythonHooks:
 
         def pre_hook(grads):
             alive = hooks()
-            if alive is not None and alive._consume(index, grads[0]):
-                return (None,)
-            return None
+            # The owner's finaliser detaches: it must not run inside, where it would wait for us.
+            owner = alive._owner() if alive is not None else None
+            return None if owner is None else (alive._consume(index, grads[0]),)
 
         param.node = node
         param.handle = node.register_prehook(pre_hook)
 
     def remove(self) -> None:
-        """Ends the hook's work; the parameters' ``.grad`` stays as it is."""
+        """Ends the hook's work, after adding what is still queued; ``.grad`` stays as it is."""
         with self._lock:
+            for queue in filter(None, (reference() for reference in self._queues)):
+                self._flush(queue)
             self._removed = True
             for param in self._params:
                 if param.handle is not None:
@@ -143,8 +168,10 @@ class PythonHooks:
     def expose(self, index: int) -> None:
         """Makes a parameter's ``.grad`` a view of main, with the value that ``.grad`` had."""
         with self._lock:
-            self._open(self._params[index])
-            self._params[index].statistics_version = None
+            param = self._params[index]
+            self._adopt(param)
+            self._show(param)
+            param.statistics_version = None
 
     def invalidate(self) -> None:
         """Declares the statistics slots stale."""
@@ -184,33 +211,41 @@ class PythonHooks:
             grad.layout == torch.strided
             and grad.dtype == param.main.dtype
             and grad.device == param.main.device
-            and grad.data_ptr() == param.main.data_ptr()
+            and grad.shape == param.main.shape
             and grad.stride() == param.main.stride()
+            and grad.data_ptr() == param.main.data_ptr()
         )
 
     @staticmethod
     def _was_cast(grad: Tensor, param: _Param) -> bool:
-        return grad is param.exposed and grad.dtype != param.main.dtype
+        return (
+            grad is param.exposed
+            and grad.dtype != param.main.dtype
+            and grad._version == param.exposed_version
+        )
 
-    def _open(self, param: _Param) -> bool:
+    def _adopt(self, param: _Param) -> bool:
         grad = param.variable.grad
-        begins = grad is None
-        if not begins:
-            if self._is_ours(grad, param):
-                return False
-            if not self._was_cast(grad, param):
-                value = grad.detach()
-                if value.layout != torch.strided:
-                    value = value.to_dense()
-                if value.untyped_storage().data_ptr() == param.main.untyped_storage().data_ptr():
-                    value = value.clone()
-                param.main.copy_(value)
-        param.exposed = param.main.data
-        param.variable.grad = param.exposed
-        return begins
+        if grad is None:
+            return False
+        if not self._is_ours(grad, param) and not self._was_cast(grad, param):
+            value = grad.detach()
+            if value.layout != torch.strided:
+                value = value.to_dense()
+            if value.untyped_storage().data_ptr() == param.main.untyped_storage().data_ptr():
+                value = value.clone()
+            param.main.copy_(value)
+        return True
+
+    def _show(self, param: _Param) -> None:
+        grad = param.variable.grad
+        if grad is None or not self._is_ours(grad, param):
+            param.exposed = param.main.data
+            param.variable.grad = param.exposed
+        param.exposed_version = param.variable.grad._version
 
     def _commit(self, entries: Sequence[tuple[_Param, Tensor]]) -> None:
-        stores = [self._open(param) for param, _ in entries]
+        stores = [not self._adopt(param) for param, _ in entries]
         if len(entries) == 1:
             (param, grad), (store,) = entries[0], stores
             self._backend.accumulate_(
@@ -226,16 +261,18 @@ class PythonHooks:
                 [param.partials for param, _ in entries],
             )
         for param, _ in entries:
-            torch.autograd.graph.increment_version(param.variable.grad)
+            if param.variable.grad is not None:
+                torch.autograd.graph.increment_version(param.variable.grad)
+            self._show(param)
             param.statistics_version = param.variable.grad._version
 
-    def _consume(self, index: int, grad: Tensor | None) -> bool:
-        # With grad mode on (create_graph) only stock accumulation keeps `.grad` differentiable.
-        if grad is None or torch.is_grad_enabled() or type(grad) is not Tensor:
-            return False
+    def _consume(self, index: int, grad: Tensor | None) -> Tensor | None:
+        """Returns what is left for AccumulateGrad: None, unless the gradient is not for us."""
+        if grad is None or type(grad) is not Tensor:
+            return grad
         param = self._params[index]
         if not param.variable.requires_grad:
-            return False
+            return grad
         if grad.shape != param.main.shape or grad.device != self._device:
             raise RuntimeError(
                 f"gradacc_kernels: a parameter attached with shape {list(param.main.shape)} on "
@@ -243,6 +280,14 @@ class PythonHooks:
                 "Call Accumulator.refresh() after moving parameters; detach and attach again after "
                 "reshaping them."
             )
+        if _in_compiled_autograd():
+            raise RuntimeError(
+                "gradacc_kernels: compiled autograd cannot trace the gradient hook. Turn it off "
+                "(torch._dynamo.config.compiled_autograd = False), or detach the Accumulator."
+            )
+        # With grad mode on (create_graph) only stock accumulation keeps `.grad` differentiable.
+        if torch.is_grad_enabled():
+            return grad if self._removed else grad * (self._inv_scale * self._scale)
         if grad.is_complex():
             raise RuntimeError("gradacc_kernels: cannot accumulate a complex gradient")
         if param.main.dtype == torch.float32 and grad.dtype not in _SUPPORTED:
@@ -250,16 +295,15 @@ class PythonHooks:
         entry = (param, in_layout_of(grad, param.main))
         with self._lock:
             if self._removed:
-                return False
+                return grad
             queue = param.queue() if param.queue is not None else None
             if queue is not None and queue.batch == param.batch:
                 self._flush(queue)
-            is_watched = bool(param.variable._post_accumulate_grad_hooks)
-            if entry[1].nbytes < self._queue_below and not is_watched:
+            if entry[1].nbytes < self._queue_below and not _is_watched(param.variable):
                 self._enqueue(entry)
             else:
                 self._commit([entry])
-        return True
+        return None
 
     def _enqueue(self, entry: tuple[_Param, Tensor]) -> None:
         graph_task = torch._C._current_graph_task_id()

@@ -64,6 +64,8 @@ def test_meta_and_uninitialised_parameters():
 def test_what_is_no_parameter():
     with pytest.raises(TypeError, match="expected a module or tensors, got str at 0"):
         gk.attach(["weight"])
+    with pytest.raises(TypeError, match="expected a module or tensors, got SGD"):
+        gk.attach(torch.optim.SGD([parameter([1.0])]))
     result = parameter([1.0]) * 2
     with pytest.raises(ValueError, match="parameter 0 must be a leaf"):
         gk.attach([result])

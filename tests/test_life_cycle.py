@@ -177,11 +177,12 @@ def test_detach_gives_what_stock_would_hold(hook):
 
 
 @needs_extension
-def test_detach_restores_the_default_grad_dtype():
-    model = mlp()
+@pytest.mark.parametrize("before, after", [("bfloat16", "float"), ("float", "bfloat16")])
+def test_detach_restores_the_default_grad_dtype(before, after):
+    model = getattr(mlp(), before)()
     gk.attach(model).detach()
-    model.float()
-    assert model[0].weight.grad_dtype == torch.float32
+    getattr(model, after)()
+    assert model[0].weight.grad_dtype == model[0].weight.dtype
 
 
 def test_detach_restores_an_explicit_grad_dtype():

@@ -25,16 +25,13 @@ class GradHooks::PreHook : public autograd::FunctionPreHook {
 
   autograd::variable_list operator()(const autograd::variable_list& grads) override {
     const auto hooks = hooks_.lock();
-    if (hooks && hooks->consume(index_, grads.at(0))) return {at::Tensor()};
-    return grads;
+    return hooks ? autograd::variable_list{hooks->consume(index_, grads.at(0))} : grads;
   }
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {
-    TORCH_CHECK(
-        false,
-        "gradacc_kernels: compiled autograd cannot trace the C++ gradient hook. Attach with "
-        "backend='triton' or backend='reference', whose hook is Python, or turn compiled "
-        "autograd off.");
+    TORCH_CHECK(false,
+                "gradacc_kernels: compiled autograd cannot trace the gradient hook. Turn it off "
+                "(torch._dynamo.config.compiled_autograd = False), or detach the Accumulator.");
   }
 
   bool belongs_to(const GradHooks* hooks) const { return hooks_.lock().get() == hooks; }
@@ -42,6 +39,21 @@ class GradHooks::PreHook : public autograd::FunctionPreHook {
  private:
   std::weak_ptr<GradHooks> hooks_;
   int64_t index_;
+};
+
+// Holds the mutex; lets tensors that `.grad` gave up die after its release, for a Python finaliser
+// of theirs may call us.
+class GradHooks::Lock {
+ public:
+  explicit Lock(GradHooks& hooks) : hooks_(hooks), lock_(hooks.mutex_) {}
+  ~Lock() {
+    const auto retired = std::exchange(hooks_.retired_, {});
+    lock_.unlock();
+  }
+
+ private:
+  GradHooks& hooks_;
+  std::unique_lock<std::mutex> lock_;
 };
 
 // Small gradients of one backward. The engine's callback owns it, so a backward that raises drops
@@ -100,7 +112,7 @@ void GradHooks::install(int64_t index) {
 }
 
 bool GradHooks::refresh() {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const Lock lock(*this);
   if (removed_) return true;
   const auto stream = current_stream(device_);
   for (size_t i = 0; i < params_.size(); ++i) {
@@ -108,7 +120,8 @@ bool GradHooks::refresh() {
     const at::Tensor& variable = param.variable;
     if (variable.scalar_type() != param.dtype || variable.device() != device_ ||
         variable.sizes() != param.main.sizes() ||
-        (!same_layout(variable, param.main) && variable.is_non_overlapping_and_dense()))
+        (variable.numel() > 0 && !same_layout(variable, param.main) &&
+         variable.is_non_overlapping_and_dense()))
       return false;
     if (autograd::impl::try_get_grad_accumulator(variable) != param.node || !param.node) {
       install(i);
@@ -122,36 +135,30 @@ bool GradHooks::refresh() {
   return true;
 }
 
+// The PreHooks stay on their nodes, where the engine may be running them, and let gradients pass.
 void GradHooks::remove() {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const Lock lock(*this);
+  for (const auto& weak : queues_)
+    if (const auto queue = weak.lock()) flush(*queue);
   removed_ = true;
-  for (Param& param : params_) {
-    if (!param.node) continue;
-    auto& hooks = param.node->pre_hooks();
-    hooks.erase(std::remove_if(hooks.begin(), hooks.end(),
-                               [this](const auto& hook) {
-                                 const auto* ours = dynamic_cast<const PreHook*>(hook.get());
-                                 return ours && ours->belongs_to(this);
-                               }),
-                hooks.end());
-    param.node = nullptr;
-  }
+  for (Param& param : params_) param.node = nullptr;
 }
 
 void GradHooks::expose(int64_t index) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const Lock lock(*this);
   Param& param = params_.at(index);
-  open(param);
+  adopt(param);
+  show(param);
   param.statistics_version.reset();
 }
 
 void GradHooks::invalidate() {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const Lock lock(*this);
   for (Param& param : params_) param.statistics_version.reset();
 }
 
 bool GradHooks::statistics_valid(int64_t index) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const Lock lock(*this);
   const Param& param = params_.at(index);
   const at::Tensor& grad = param.variable.mutable_grad();
   return grad.defined() && grad.is_same(param.exposed) && is_ours(grad, param) &&
@@ -159,7 +166,7 @@ bool GradHooks::statistics_valid(int64_t index) {
 }
 
 std::optional<at::Tensor> GradHooks::current(int64_t index) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const Lock lock(*this);
   const Param& param = params_.at(index);
   const at::Tensor& grad = param.variable.mutable_grad();
   if (!grad.defined()) return std::nullopt;
@@ -169,39 +176,43 @@ std::optional<at::Tensor> GradHooks::current(int64_t index) {
 // By address, not by identity: Module.to() writes another tensor into the `.grad` object.
 bool GradHooks::is_ours(const at::Tensor& grad, const Param& param) const {
   return grad.layout() == at::kStrided && grad.scalar_type() == param.main.scalar_type() &&
-         grad.const_data_ptr() == param.main.const_data_ptr() && grad.device() == device_ &&
-         same_layout(grad, param.main);
+         grad.device() == device_ && grad.sizes() == param.main.sizes() &&
+         same_layout(grad, param.main) && grad.const_data_ptr() == param.main.const_data_ptr();
 }
 
-// Module.to(dtype) cast our view in place. The sums in main are the exact ones.
+// Module.to(dtype) cast our view in place, and nobody wrote to it since a gradient was added: the
+// sums in main are the exact ones.
 bool GradHooks::was_cast(const at::Tensor& grad, const Param& param) const {
-  return grad.is_same(param.exposed) && grad.scalar_type() != param.main.scalar_type();
+  return grad.is_same(param.exposed) && grad.scalar_type() != param.main.scalar_type() &&
+         static_cast<int64_t>(grad._version()) == param.exposed_version;
 }
 
-// Makes `.grad` a view of main that holds what `.grad` held; true when there was none, so that main
-// must be stored to.
-bool GradHooks::open(Param& param) {
+// Brings into main what `.grad` holds; false when there is none, so that main must be stored to.
+bool GradHooks::adopt(Param& param) {
+  const at::Tensor& grad = param.variable.mutable_grad();
+  if (!grad.defined()) return false;
+  if (is_ours(grad, param) || was_cast(grad, param)) return true;
+  const at::NoGradGuard no_grad;
+  const at::Tensor value = grad.layout() == at::kStrided ? grad : grad.to_dense();
+  param.main.copy_(value.is_alias_of(param.main) ? value.clone() : value);
+  return true;
+}
+
+// Makes `.grad` a view of main: a tensor of its own, with a version counter of its own.
+void GradHooks::show(Param& param) {
   at::Tensor& grad = param.variable.mutable_grad();
-  const bool begins = !grad.defined();
-  if (!begins) {
-    if (is_ours(grad, param)) return false;
-    if (!was_cast(grad, param)) {
-      const at::NoGradGuard no_grad;
-      const at::Tensor value = grad.layout() == at::kStrided ? grad : grad.to_dense();
-      param.main.copy_(value.is_alias_of(param.main) ? value.clone() : value);
-    }
+  if (!grad.defined() || !is_ours(grad, param)) {
+    retired_.push_back(std::exchange(grad, param.main.variable_data()));
+    retired_.push_back(std::exchange(param.exposed, grad));
   }
-  // A tensor of its own over main's memory, with a version counter of its own.
-  param.exposed = param.main.variable_data();
-  grad = param.exposed;
-  return begins;
+  param.exposed_version = static_cast<int64_t>(grad._version());
 }
 
 void GradHooks::commit(const std::vector<Entry>& entries) {
   items_.clear();
   for (const Entry& entry : entries) {
     Param& param = *entry.param;
-    const bool store = open(param);
+    const bool store = !adopt(param);
     items_.push_back({static_cast<float*>(param.main.data_ptr()), entry.grad.const_data_ptr(),
                       static_cast<float*>(param.partials.data_ptr()), param.main.numel(),
                       grad_type(entry.grad), store});
@@ -209,31 +220,33 @@ void GradHooks::commit(const std::vector<Entry>& entries) {
   backend_.accumulate(items_, scale_, static_cast<const float*>(inv_scale_.const_data_ptr()),
                       device_);
   for (const Entry& entry : entries) {
-    const at::Tensor& grad = entry.param->variable.mutable_grad();
-    grad.unsafeGetTensorImpl()->bump_version();
-    entry.param->statistics_version = static_cast<int64_t>(grad._version());
+    Param& param = *entry.param;
+    const at::Tensor& grad = param.variable.mutable_grad();
+    if (grad.defined()) grad.unsafeGetTensorImpl()->bump_version();
+    show(param);
+    param.statistics_version = static_cast<int64_t>(param.variable.mutable_grad()._version());
   }
 }
 
-bool GradHooks::consume(int64_t index, const at::Tensor& grad) {
-  // With grad mode on (create_graph) only stock accumulation keeps `.grad` differentiable.
-  if (!grad.defined() || at::GradMode::is_enabled() || grad.key_set().has(c10::DispatchKey::Python))
-    return false;
+at::Tensor GradHooks::consume(int64_t index, const at::Tensor& grad) {
+  if (!grad.defined() || grad.key_set().has(c10::DispatchKey::Python)) return grad;
   Param& param = params_[index];
-  if (!param.variable.requires_grad()) return false;  // frozen since forward: AccumulateGrad skips
+  if (!param.variable.requires_grad()) return grad;  // frozen since forward: AccumulateGrad skips
   TORCH_CHECK(grad.sizes() == param.main.sizes() && grad.device() == device_,
               "gradacc_kernels: a parameter attached with shape ", text(param.main.sizes()), " on ",
               text(device_), " received a gradient of shape ", text(grad.sizes()), " on ",
               text(grad.device()),
               ". Call Accumulator.refresh() after moving parameters; detach and attach again after "
               "reshaping them.");
+  // With grad mode on (create_graph) only stock accumulation keeps `.grad` differentiable.
+  if (at::GradMode::is_enabled()) return removed_ ? grad : grad * (inv_scale_ * scale_);
   TORCH_CHECK(!grad.is_complex(), "gradacc_kernels: cannot accumulate a complex gradient");
   const auto type = grad.scalar_type();
   const bool is_supported = type == at::kHalf || type == at::kBFloat16 || type == at::kFloat;
   Entry entry{&param, in_layout_of(is_supported ? grad : grad.to(at::kFloat), param.main)};
 
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (removed_) return false;
+  const Lock lock(*this);
+  if (removed_) return grad;
   // An earlier gradient of this parameter goes first: it may be the one that stores.
   if (const auto queue = param.queue.lock(); queue && queue->batch == param.batch) flush(*queue);
   // Other hooks on the parameter read `.grad` as soon as we return.
@@ -245,7 +258,7 @@ bool GradHooks::consume(int64_t index, const at::Tensor& grad) {
   } else {
     commit({std::move(entry)});
   }
-  return true;
+  return {};
 }
 
 void GradHooks::enqueue(Entry entry) {
@@ -264,7 +277,7 @@ void GradHooks::enqueue(Entry entry) {
     queue->graph_task = graph_task;
     queues_.push_back(queue);
     autograd::Engine::get_default_engine().queue_callback([self = shared_from_this(), queue] {
-      const std::lock_guard<std::mutex> lock(self->mutex_);
+      const Lock lock(*self);
       self->flush(*queue);
     });
   }

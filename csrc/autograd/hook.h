@@ -6,6 +6,7 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -41,7 +42,7 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   // Installs the hook where the node died or was made on a stream other than the current one.
   // False when a parameter's dtype, device, shape or strides are no longer those of construction.
   bool refresh();
-  // Ends the hook's work; the parameters' `.grad` stays as it is.
+  // Ends the hook's work, after adding what is still queued; `.grad` stays as it is.
   void remove();
   // Makes a parameter's `.grad` a view of main, with the value that `.grad` had.
   void expose(int64_t index);
@@ -53,6 +54,7 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   std::optional<at::Tensor> current(int64_t index);
 
  private:
+  class Lock;
   class PreHook;
   struct Queue;
 
@@ -61,7 +63,8 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
     at::Tensor main;
     at::Tensor partials;
     at::ScalarType dtype;
-    at::Tensor exposed;  // the tensor last made `.grad`
+    at::Tensor exposed;            // the tensor last made `.grad`
+    int64_t exposed_version = -1;  // of it, when a gradient was last added
     std::optional<int64_t> statistics_version;
     decltype(torch::autograd::impl::grad_accumulator(at::Tensor())) node;
     std::weak_ptr<Queue> queue;  // where a gradient may be waiting
@@ -73,11 +76,13 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
     at::Tensor grad;  // in the layout of main
   };
 
-  bool consume(int64_t index, const at::Tensor& grad);
+  // Returns what is left for AccumulateGrad: nothing, unless the gradient is not for us.
+  at::Tensor consume(int64_t index, const at::Tensor& grad);
   void install(int64_t index);
   bool is_ours(const at::Tensor& grad, const Param& param) const;
   bool was_cast(const at::Tensor& grad, const Param& param) const;
-  bool open(Param& param);
+  bool adopt(Param& param);
+  void show(Param& param);
   void commit(const std::vector<Entry>& entries);
   void enqueue(Entry entry);
   void flush(Queue& queue);
@@ -90,10 +95,11 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   const int64_t queue_bytes_;
 
   std::mutex mutex_;
-  bool removed_ = false;
+  std::atomic<bool> removed_ = false;
   std::vector<Param> params_;
   std::vector<std::weak_ptr<Queue>> queues_;  // one for each backward under way
   std::vector<Accumulation> items_;           // scratch of commit
+  std::vector<at::Tensor> retired_;           // what `.grad` gave up, until the mutex is free
 };
 
 }  // namespace gradacc

@@ -71,14 +71,21 @@ inline void check_device(const Argument& what, const at::Tensor& tensor, at::Dev
                     text(tensor.device()));
 }
 
+// Refuses tensors whose memory does not hold their values.
+inline void check_plain(const Argument& what, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.layout() == at::kStrided && !tensor._is_zerotensor(), what,
+                    " must be a strided tensor with memory of its own");
+  TORCH_CHECK_VALUE(!tensor.is_neg(), what,
+                    " must not be a lazily negated view: pass its resolve_neg()");
+}
+
 inline void check_main(const Argument& what, const at::Tensor& main, at::Device device) {
   check_float32(what, main);
   TORCH_CHECK_VALUE(main.layout() == at::kStrided && main.is_non_overlapping_and_dense(), what,
                     " must be dense in memory, without gaps or overlap, got sizes ",
                     text(main.sizes()),
                     main.layout() == at::kStrided ? " with other strides" : " of a sparse layout");
-  TORCH_CHECK_VALUE(!main.is_neg(), what,
-                    " must not be a lazily negated view: pass its resolve_neg()");
+  check_plain(what, main);
   TORCH_CHECK_VALUE(!main.requires_grad(), what,
                     " must not require grad: pass a detached tensor or its .data");
   check_device(what, main, device);
@@ -101,6 +108,7 @@ inline void check_partials(const Argument& what, const at::Tensor& partials,
                         partials.numel() == num_chunks(main.numel()),
                     what, " must be contiguous of shape [num_chunks(numel)] = [",
                     text(num_chunks(main.numel())), "], got ", text(partials.sizes()));
+  check_plain(what, partials);
   check_device(what, partials, main.device());
 }
 
@@ -109,6 +117,7 @@ inline void check_scalar(const Argument& what, const at::Tensor& scalar, at::Dev
   check_float32(what, scalar);
   TORCH_CHECK_VALUE(scalar.numel() == 1, what, " must hold one element, got shape ",
                     text(scalar.sizes()));
+  check_plain(what, scalar);
   check_device(what, scalar, device);
 }
 
@@ -143,6 +152,12 @@ class OverlapCheck {
     const Range range = range_of(grad);
     if (range.second <= ranges_.front().first || range.first >= ranges_.back().second) return;
     if (range == range_of(main)) return;
+    check_read(what, grad);
+  }
+
+  // Memory that a pass reads while it writes the main gradients.
+  void check_read(const Argument& what, const at::Tensor& tensor) const {
+    const Range range = range_of(tensor);
     const auto next = std::upper_bound(
         ranges_.begin(), ranges_.end(), range.first,
         [](uintptr_t address, const Range& other) { return address < other.second; });

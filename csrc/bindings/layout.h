@@ -31,7 +31,8 @@ inline bool same_layout(const at::Tensor& a, const at::Tensor& b) {
 // rounded to 16 bits.
 inline at::Tensor in_layout_of(const at::Tensor& grad, const at::Tensor& main) {
   if (grad.layout() != at::kStrided) return in_layout_of(grad.to(at::kFloat).to_dense(), main);
-  if (grad.numel() == 0 || (same_layout(grad, main) && !grad.is_neg())) return grad;
+  const bool is_plain = !grad.is_neg() && !grad._is_zerotensor();
+  if (grad.numel() == 0 || (same_layout(grad, main) && is_plain)) return grad;
   return at::empty_strided(main.sizes(), main.strides(), grad.options()).copy_(grad);
 }
 

@@ -4,32 +4,12 @@
 
 #include "../autograd/hook.h"
 #include "ops.h"
+#include "parameter_watch.h"
 
 namespace gradacc {
 namespace {
 
 namespace py = pybind11;
-
-// Tells whether a module still holds the parameter objects it had, which
-// load_state_dict(assign=True) and plain assignment replace.
-class ParameterWatch {
- public:
-  // Entries (owner._parameters, name, parameter).
-  explicit ParameterWatch(std::vector<std::tuple<py::dict, py::str, py::object>> entries)
-      : entries_(std::move(entries)) {}
-
-  bool is_changed() const {
-    for (const auto& [dict, name, parameter] : entries_) {
-      PyObject* found = PyDict_GetItemWithError(dict.ptr(), name.ptr());
-      if (!found && PyErr_Occurred()) throw py::error_already_set();
-      if (found != parameter.ptr()) return true;
-    }
-    return false;
-  }
-
- private:
-  std::vector<std::tuple<py::dict, py::str, py::object>> entries_;
-};
 
 // Undoes an explicit grad_dtype: it is the tensor's own dtype again, also when that changes.
 void follow_own_dtype(const at::Tensor& tensor) {
@@ -37,6 +17,12 @@ void follow_own_dtype(const at::Tensor& tensor) {
     meta->grad_dtype_.reset();
     meta->allow_grad_dtype_mismatch_ = false;
   }
+}
+
+// Whether the parameter's AccumulateGrad node has hooks that run after accumulation.
+bool has_post_hooks(const at::Tensor& tensor) {
+  const auto node = torch::autograd::impl::try_get_grad_accumulator(tensor);
+  return node && !node->post_hooks().empty();
 }
 
 }  // namespace
@@ -61,6 +47,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("multi_accumulate_", &gradacc::multi_accumulate_, NoGil());
   m.def("grad_stats", &gradacc::grad_stats, NoGil());
   m.def("scale_", &gradacc::scale_, NoGil());
+  m.def("has_post_hooks", &gradacc::has_post_hooks);
   m.def("follow_own_dtype", &gradacc::follow_own_dtype);
   m.def("cpu_isa", &gradacc::cpu::isa);
   m.def("select_cpu_isa", &gradacc::cpu::select_isa);

@@ -38,6 +38,12 @@ void accumulate(const char* op, bool is_list, const std::vector<at::Tensor>& mai
     if (!partials.empty()) check_partials({op, "partials", index}, partials[i], mains[i]);
   }
   const OverlapCheck overlap(main_arg, mains);
+  if (inv_scale) overlap.check_read({op, "inv_scale"}, *inv_scale);
+  if (!partials.empty()) {
+    std::vector<at::Tensor> written = mains;
+    written.insert(written.end(), partials.begin(), partials.end());
+    OverlapCheck({op, "partials"}, written);
+  }
   for (size_t i = 0; i < mains.size(); ++i)
     overlap.check_grad({op, grad_arg.name, is_list ? static_cast<int64_t>(i) : -1}, grads[i],
                        mains[i]);
@@ -125,7 +131,7 @@ void scale_(const std::vector<at::Tensor>& main_grads, const at::Tensor& factor)
     check_main({op, "main_grads", static_cast<int64_t>(i)}, main_grads[i], device);
     items.push_back({data_of(main_grads[i]), main_grads[i].numel()});
   }
-  const OverlapCheck overlap({op, "main_grads"}, main_grads);
+  OverlapCheck({op, "main_grads"}, main_grads).check_read({op, "factor"}, factor);
   bump_versions(main_grads);
   backend.scale(items, data_of(factor), device);
 }

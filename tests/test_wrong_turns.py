@@ -1,0 +1,199 @@
+"""Unusual use that must not lose, double or round a gradient, or read memory that is gone."""
+
+import gc
+
+import pytest
+import torch
+from hook_cases import arrive, backward, batch, every_hook, micro_gradients, mlp, parameter
+
+import gradacc_kernels as gk
+
+
+@every_hook
+def test_detaching_inside_backward_adds_what_is_queued(hook, queueing):
+    device, backend = hook
+    early, late = (parameter([1.0], torch.float32, device) for _ in range(2))
+    accumulator = gk.attach([early, late], backend=backend)
+    hooked = late * 2
+    hooked.register_hook(lambda grad: accumulator.detach())
+    (hooked + early * 5).sum().backward()
+    assert (early.grad.item(), late.grad.item()) == (5.0, 2.0)
+
+
+@every_hook
+def test_evaluation_in_inference_mode(hook):
+    device, backend = hook
+    model, x = mlp(device), batch(device)
+    gk.attach(model, backend=backend)
+    backward(model, x)
+    once = [p.grad.clone() for p in model.parameters()]
+    with torch.inference_mode():
+        model(x)
+    backward(model, x)
+    for param, grad in zip(model.parameters(), once, strict=True):
+        assert param.grad.equal(grad + grad) and not param.grad.is_inference()
+
+
+@every_hook
+def test_functional_call_leaves_the_attachment_alone(hook):
+    device, backend = hook
+    model = torch.nn.Linear(2, 2, bias=False).to(device, torch.bfloat16)
+    gk.attach(model, scale=0.5, backend=backend)
+    x = torch.ones(1, 2, device=device, dtype=torch.bfloat16)
+    output = model(x).sum()
+    others = {"weight": model.weight.detach().clone().requires_grad_()}
+    torch.func.functional_call(model, others, (x,)).sum().backward()
+    assert others["weight"].grad.dtype == torch.bfloat16
+    assert others["weight"].grad.unique().tolist() == [1.0]
+    torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).sum())(others)
+    output.backward()
+    assert model.weight.grad.unique().tolist() == [0.5]
+
+
+@every_hook
+def test_zeroing_a_cast_view_does_not_bring_old_sums_back(hook):
+    device, backend = hook
+    model = torch.nn.Linear(1, 1, bias=False).to(device, torch.bfloat16)
+    gk.attach(model, backend=backend)
+    arrive(model.weight, 7.0)
+    model.half()
+    model.zero_grad(set_to_none=False)
+    model(torch.ones(1, 1, device=device).half()).sum().backward()
+    assert model.weight.grad.item() == 1.0
+
+
+@every_hook
+def test_main_grad_as_grad_survives_a_cast(hook):
+    device, backend = hook
+    param = parameter([1.0] * 1000, device=device)
+    accumulator = gk.attach([param], backend=backend)
+    arrive(param, 1.0)
+    param.grad = param.main_grad
+    result = (param * 2).sum()
+    param.grad.data = param.grad.data.half()
+    result.backward()
+    assert param.grad.dtype == torch.float32 and param.grad.unique().tolist() == [3.0]
+    del accumulator
+
+
+@every_hook
+def test_writing_to_main_grad_is_seen_by_the_statistics(hook):
+    device, backend = hook
+    param = parameter([1.0], device=device)
+    accumulator = gk.attach([param], backend=backend)
+    arrive(param, 3.0)
+    param.main_grad.mul_(10)
+    assert accumulator.grad_norm(from_statistics=True).item() == 30.0
+
+
+@every_hook
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_another_default_dtype(hook, default):
+    device, backend = hook
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        param = parameter([1.0], torch.bfloat16, device)
+        accumulator = gk.attach([param], backend=backend)
+        assert accumulator.grad_norm().dtype == torch.float32
+        arrive(param, 3.0)
+        assert param.grad.dtype == torch.float32 and accumulator.grad_norm().item() == 3.0
+    finally:
+        torch.set_default_dtype(before)
+
+
+@every_hook
+def test_create_graph_scales_too(hook):
+    device, backend = hook
+    param = parameter([3.0], torch.float32, device)
+    accumulator = gk.attach([param], scale=0.5, backend=backend)
+    accumulator.inv_scale.fill_(0.5)
+    (param**2).sum().backward(create_graph=True)
+    assert param.grad.item() == 1.5
+    param.grad = None
+    del accumulator
+
+
+@every_hook
+def test_an_explicit_grad_dtype_of_float32_is_kept(hook):
+    device, backend = hook
+    param = parameter([1.0], device=device)
+    param.grad_dtype = torch.float32
+    accumulator = gk.attach([param], backend=backend)
+    (param * 1).backward(torch.ones(1, device=device, dtype=torch.bfloat16))
+    param.grad = None
+    ones = [torch.full((1,), v, device=device).bfloat16() for v in (256.0, 1.0)]
+    sum(param * one for one in ones).sum().backward()
+    assert param.grad.item() == 257.0
+    del accumulator
+
+
+@every_hook
+def test_a_gradient_without_memory(hook):
+    device, backend = hook
+    param = parameter([1.0, 1.0], torch.float32, device)
+    accumulator = gk.attach([param], backend=backend)
+    zeros = torch._efficientzerotensor((2,), dtype=torch.float32, device=device)
+    arrive(param, torch.ones(2, device=device))
+    param.backward(zeros)
+    assert param.grad.tolist() == [1.0, 1.0]
+    del accumulator
+
+
+@every_hook
+def test_a_model_collected_during_its_backward(hook, queueing):
+    device, backend = hook
+    model, x = mlp(device), batch(device)
+    params = list(model.parameters())
+    expected = micro_gradients(model, [x])[0]
+    gk.attach(model, backend=backend)
+    model.__dict__["cycle"] = model
+    hidden = model[0](x)
+    hidden.register_hook(lambda grad: gc.collect() and None)
+    loss = model[1:](hidden).float().square().sum()
+    del model
+    loss.backward()
+    for param, grad in zip(params, expected, strict=True):
+        assert param.grad.equal(grad.to(param.grad.dtype))
+
+
+@every_hook
+def test_a_grad_of_another_shape_is_not_taken_for_the_view(hook):
+    device, backend = hook
+    param = parameter([1.0, 1.0], torch.float32, device)
+    accumulator = gk.attach([param], backend=backend)
+    arrive(param, 2.0)
+    param.grad.data = param.grad.data[:1]  # the address of the view
+    arrive(param, 2.0)  # one element, broadcast as copy_ does
+    assert param.grad.tolist() == [4.0, 4.0]
+    del accumulator
+
+
+@every_hook
+def test_inv_scale_follows_the_model(hook):
+    device, backend = hook
+    model = mlp(device)
+    accumulator = gk.attach(model, backend=backend)
+    accumulator.inv_scale.fill_(0.25)
+    model.double()
+    accumulator.refresh()
+    assert accumulator.inv_scale.item() == 0.25
+
+
+def test_data_parallel_hooks_see_the_sum(queueing, tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        for backend in ("auto", "reference"):
+            model = mlp(dtype=torch.float32)
+            x = batch(dtype=torch.float32)
+            expected = micro_gradients(model, [x])[0]
+            parallel = torch.nn.parallel.DistributedDataParallel(model)
+            with gk.attach(model, backend=backend):
+                for _ in range(2):
+                    backward(parallel, x)
+                for param, grad in zip(model.parameters(), expected, strict=True):
+                    assert param.grad.equal(grad * 2)
+    finally:
+        torch.distributed.destroy_process_group()
