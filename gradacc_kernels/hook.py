@@ -349,6 +349,8 @@ class Accumulator:
     As a context manager it detaches at exit. A copy of it, or a pickle, is detached.
     """
 
+    __slots__ = ("__weakref__", "_owned", "_reference")
+
     def __init__(self, attachment: _Attachment | None = None):
         self._owned = attachment if attachment is not None and attachment.root is None else None
         self._reference = weakref.ref(attachment) if attachment is not None else lambda: None
@@ -456,6 +458,11 @@ class Accumulator:
         if len(norms) == 1:
             return norms[0].float(), verdicts[0]
         return torch.linalg.vector_norm(torch.stack(norms).float()), torch.stack(verdicts).amax()
+
+    @property
+    def scale(self) -> float:
+        """The factor that attach was given; fixed. See :attr:`inv_scale` for one that is not."""
+        return self._attachment.scale
 
     @property
     def inv_scale(self) -> Tensor:
@@ -589,7 +596,7 @@ def attach(
         ValueError: nothing that requires grad; parameters already attached, on the meta device or
             on one that no backend serves; a scale that is not positive and finite; an unknown
             backend. Nothing was changed.
-        RuntimeError: the backend is not available; nothing was changed.
+        RuntimeError: the backend is not available, or inference mode is on; nothing was changed.
     """
     if not isinstance(scale, (int, float)):
         raise TypeError(f"attach: scale must be a number, got {type(scale).__name__}")
@@ -599,6 +606,10 @@ def attach(
     if backend != "auto" and backend not in dispatch.BACKENDS:
         raise ValueError(
             f"attach: backend must be 'auto' or one of {dispatch.BACKENDS}, got {backend!r}"
+        )
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "attach: gradients need autograd; call it outside torch.inference_mode()"
         )
     root = model_or_params if isinstance(model_or_params, torch.nn.Module) else None
     named = _named(model_or_params)

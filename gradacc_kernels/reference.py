@@ -39,7 +39,7 @@ def in_layout_of(grad: Tensor, main: Tensor) -> Tensor:
     """
     if grad.layout != torch.strided:
         grad = grad.to(torch.promote_types(grad.dtype, torch.float32)).to_dense()
-    if grad.stride() == main.stride():
+    if grad.stride() == main.stride() and not grad._is_zerotensor():
         return grad.resolve_neg()
     return torch.empty_strided(
         main.shape, main.stride(), dtype=grad.dtype, device=grad.device

@@ -85,6 +85,20 @@ def test_backends():
     refused(ValueError, "parameter 0.weight: backend 'cuda' does not serve", mlp(), backend="cuda")
 
 
+def test_inference_mode():
+    model = mlp()
+    with torch.inference_mode():
+        refused(RuntimeError, "call it outside torch.inference_mode", model)
+
+
+def test_the_scale_cannot_be_assigned():
+    model = mlp()
+    accumulator = gk.attach(model, scale=0.5)
+    assert accumulator.scale == 0.5
+    with pytest.raises(AttributeError):
+        accumulator.scale = 0.25
+
+
 def test_a_detached_accumulator_says_so():
     accumulator = gk.attach(mlp())
     with pytest.raises(RuntimeError, match="not attached to anything"):
