@@ -1,7 +1,7 @@
 """Trains a small language model three ways, and measures what each does to the gradient.
 
     pip install rich matplotlib
-    python examples/train_lm.py              # about 75 seconds on a CPU core
+    python examples/train_lm.py              # one to two minutes on a CPU core
     python examples/train_lm.py --quick      # a few seconds
 
 The text is the source code of Python's own standard library, byte by byte. One optimizer step takes
@@ -244,11 +244,13 @@ def plot(errors: dict[str, list], path: Path) -> None:
     lines = {
         "PyTorch": ("summed in bfloat16: PyTorch's .grad", "#c0392b", "o-"),
         "attach": ("summed in float32: gradacc_kernels.attach", "#1f5fa8", "o-"),
-        "full batch": ("bfloat16 arithmetic, before any sum", "#7f8c8d", "s:"),
+        "full batch": ("full batch in float32: what bfloat16 arithmetic costs", "#7f8c8d", "s:"),
         "bound": ("upper bound for any float32 sum", "#7fa6d4", "--"),
     }
     figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="K, micro-batches summed", ylabel="relative error")
+    axes = figure.add_subplot(
+        xlabel="K, micro-batches summed (one alone has no error)", ylabel="relative error"
+    )
     for name, (label, color, style) in lines.items():
         # One gradient is summed without error, and a logarithm has no zero.
         shown = [(k, error) for k, error in zip(errors["k"], errors[name], strict=True) if error]
