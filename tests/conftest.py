@@ -8,6 +8,7 @@ import os
 import random
 import zlib
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -38,6 +39,10 @@ def seed(request):
     return value
 
 
+def _release(package):
+    return tuple(map(int, version(package).split(".")[:2]))
+
+
 @dataclass(frozen=True)
 class Backend:
     """A backend and the type of the device whose tensors it is given."""
@@ -63,6 +68,8 @@ class Backend:
             return "no CUDA device"
         if self.is_interpreted and torch.cuda.is_available():
             return "Triton's interpreter is for machines without a CUDA device"
+        if self.is_interpreted and _release("triton") < (3, 7) and _release("numpy") >= (2, 5):
+            return "the interpreter of Triton before 3.7 does not run with NumPy 2.5 or later"
         return dispatch.why_missing(self.name)
 
 
