@@ -1,6 +1,10 @@
 """Unusual use that must not lose, double or round a gradient, or read memory that is gone."""
 
 import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,20 +184,33 @@ def test_inv_scale_follows_the_model(hook):
     assert accumulator.inv_scale.item() == 0.25
 
 
-def test_data_parallel_hooks_see_the_sum(queueing, tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+DATA_PARALLEL = """
+import os, sys
+import torch
+import gradacc_kernels.hook
+from hook_cases import backward, batch, micro_gradients, mlp
+
+store, backend, below = sys.argv[1], sys.argv[2], int(sys.argv[3])
+gradacc_kernels.hook.QUEUE_BELOW = {"cpu": below}
+torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+model, x = mlp(dtype=torch.float32), batch(dtype=torch.float32)
+expected = micro_gradients(model, [x])[0]
+parallel = torch.nn.parallel.DistributedDataParallel(model)
+gradacc_kernels.hook.attach(model, backend=backend)
+for _ in range(2):
+    backward(parallel, x)
+is_right = all(p.grad.equal(g * 2) for p, g in zip(model.parameters(), expected, strict=True))
+os._exit(0 if is_right else 3)  # past the teardown of gloo, which can wait for ever
+"""
+
+
+@pytest.mark.parametrize("below", [0, 1 << 40], ids=["at-once", "queued"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_data_parallel_hooks_see_the_sum(backend, below, tmp_path):
+    tests = Path(__file__).parent
+    path = os.pathsep.join(map(str, (tests, tests.parent)))
+    command = [sys.executable, "-c", DATA_PARALLEL, f"file://{tmp_path}/store", backend, str(below)]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, timeout=100, capture_output=True, text=True
     )
-    try:
-        for backend in ("auto", "reference"):
-            model = mlp(dtype=torch.float32)
-            x = batch(dtype=torch.float32)
-            expected = micro_gradients(model, [x])[0]
-            parallel = torch.nn.parallel.DistributedDataParallel(model)
-            with gk.attach(model, backend=backend):
-                for _ in range(2):
-                    backward(parallel, x)
-                for param, grad in zip(model.parameters(), expected, strict=True):
-                    assert param.grad.equal(grad * 2)
-    finally:
-        torch.distributed.destroy_process_group()
+    assert done.returncode == 0, done.stderr
