@@ -2,11 +2,14 @@
 
 Environment:
     GRADACC_CUDA=0|1|auto   CUDA kernels: never, or fail without them, or where torch and nvcc allow
+    GRADACC_CUTLASS=path    CUTLASS 3 headers, for the weight gradient kernels of sm_90; by default
+                            those of the package nvidia-cutlass, where it is installed
     GRADACC_NO_EXT=0|1      1: no extension at all; 0: fail when it cannot be built
     TORCH_CUDA_ARCH_LIST    architectures, as torch reads it; default 8.0;9.0;10.0;12.0+PTX as far
                             as nvcc knows them
 """
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -25,20 +28,33 @@ except ImportError as error:
     )
 
 CPU_SOURCES = [
+    "csrc/autograd/fused_embedding.cpp",
+    "csrc/autograd/fused_weight.cpp",
     "csrc/autograd/hook.cpp",
+    "csrc/autograd/node.cpp",
     "csrc/bindings/cpu.cpp",
+    "csrc/bindings/embedding.cpp",
     "csrc/bindings/module.cpp",
     "csrc/bindings/ops.cpp",
+    "csrc/bindings/wgrad.cpp",
     "csrc/cpu/accumulate.cpp",
+    "csrc/cpu/embedding.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/bindings/cuda.cpp",
+    "csrc/bindings/wgrad_choice.cpp",
+    "csrc/bindings/wgrad_cuda.cpp",
+    "csrc/bindings/cublaslt.cpp",
     "csrc/cuda/accumulate.cu",
+    "csrc/cuda/embedding.cu",
     "csrc/cuda/scale.cu",
     "csrc/cuda/statistics.cu",
+    "csrc/cuda/wgrad_cutlass.cu",
 ]
 # No contraction: the CPU kernels say where a fused multiply-add is meant.
 CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-uninitialized"]
+# -DNDEBUG: CUTLASS's assertions serialise its matrix instructions.
+NVCC_FLAGS = ["-O3", "-DNDEBUG", "-lineinfo", "--expt-relaxed-constexpr"]
 ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0"]
 
 
@@ -73,11 +89,32 @@ def why_no_cuda():
     return None
 
 
+def cutlass_headers():
+    """The folder of the CUTLASS headers, or None."""
+    folder = os.environ.get("GRADACC_CUTLASS")
+    if folder is None:
+        package = importlib.util.find_spec("cutlass_library")
+        if package is None:
+            return None
+        folder = Path(package.origin).parent / "source/include"
+    if (Path(folder) / "cutlass/cutlass.h").exists():
+        return str(folder)
+    return None
+
+
 def architecture_list():
-    """TORCH_CUDA_ARCH_LIST, or the default architectures that nvcc knows, with PTX of the last."""
+    """TORCH_CUDA_ARCH_LIST, or the default architectures that nvcc knows, with PTX of the last.
+
+    9.0 becomes 9.0a where CUTLASS is there: its kernels use instructions of that target, which
+    every GPU of compute capability 9.0 has.
+    """
     known = nvcc("--list-gpu-arch") or ""
     names = [a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]
-    return os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(names) + "+PTX")
+    requested = os.environ.get("TORCH_CUDA_ARCH_LIST", ";".join(names) + "+PTX")
+    if cutlass_headers():
+        requested = re.sub(r"\b9\.0(?!\w)", "9.0a", requested)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = requested
+    return requested
 
 
 def extension(with_cuda):
@@ -90,10 +127,13 @@ def extension(with_cuda):
         "-DGRADACC_WITH_CUDA",
         f'-DGRADACC_CUDA_ARCHITECTURES="{architecture_list()}"',
     ]
+    headers = cutlass_headers()
     return CUDAExtension(
         "gradacc_kernels._C",
         CPU_SOURCES + CUDA_SOURCES,
-        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-lineinfo"]},
+        include_dirs=[headers] if headers else [],
+        libraries=["cublasLt"],
+        extra_compile_args={"cxx": flags, "nvcc": NVCC_FLAGS},
     )
 
 

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 struct CUstream_st;
 
@@ -53,6 +54,68 @@ struct Slots {
   int64_t count;
 };
 
+// One weight gradient, or a batch of them, added to its main gradient as it is computed:
+//
+//   main[b, o, i] (+)= s * sum over t of grad_output[b, t, o] * input[b, t, i]
+//
+// Its slots hold the sum of squares of the new main gradient together: which slot holds which part
+// is the kernel's choice, and it zeroes those that it does not need.
+struct WeightGrad {
+  float* main;              // [batch, out_features, in_features], contiguous
+  const void* grad_output;  // [batch, tokens, out_features] of `type`
+  const void* input;        // [batch, tokens, in_features] of `type`
+  float* partials;          // [num_chunks(batch * out_features * in_features)]; may be null
+  int64_t batch;
+  int64_t out_features;
+  int64_t in_features;
+  int64_t tokens;
+  int64_t grad_output_stride;        // elements between tokens; a token's row is contiguous
+  int64_t grad_output_batch_stride;  // elements between batches
+  int64_t input_stride;
+  int64_t input_batch_stride;
+  GradType type;
+  bool store;
+};
+
+// The tokens of one row are summed in pieces of this many, then the pieces, each in order.
+constexpr int64_t kPieceTokens = 64;
+
+// The gradient of an embedding, added to the rows of its main gradient that were looked up:
+//
+//   main[v, c] (+)= s * sum over {t: indices[t] == v} of grad_output[t, c]
+//
+// with the sum in float32 and in token order. Tokens of padding_index add nothing and look no row
+// up. Storing makes rows that nobody looked up 0. The slots are those of an accumulation; when
+// adding, those of chunks without an element of a looked-up row keep what they hold.
+struct EmbeddingGrad {
+  float* main;              // [rows, columns], contiguous
+  const void* grad_output;  // [tokens, columns] of `type`
+  const void* indices;      // [tokens] of int64_t or int32_t
+  float* partials;          // [num_chunks(rows * columns)]; may be null
+  int64_t rows;
+  int64_t columns;
+  int64_t tokens;
+  int64_t grad_output_stride;  // elements between tokens; a token's row is contiguous
+  int64_t padding_index;       // -1 for none
+  GradType type;
+  bool has_int64_indices;
+  bool store;
+};
+
+// The tokens of a looked-up row: order[begin], ..., order[end - 1] of an EmbeddingOrder.
+struct EmbeddingRun {
+  int64_t row;
+  int64_t begin;
+  int64_t end;
+};
+
+// The tokens sorted by their rows, in token order within a row, without those of padding_index.
+struct EmbeddingOrder {
+  const int64_t* order;      // [<= tokens]
+  const EmbeddingRun* runs;  // [count], by ascending rows
+  int64_t count;
+};
+
 // The CPU kernels work on the chunks [first, last) of one tensor, so that the caller can spread a
 // list of tensors over its own threads.
 namespace cpu {
@@ -60,6 +123,19 @@ namespace cpu {
 void accumulate(const Accumulation& item, int64_t first, int64_t last, float scale);
 void sum_of_squares(const Squares& item, int64_t first, int64_t last);
 void scale(const Scaling& item, int64_t first, int64_t last, float factor);
+
+// The first index, in token order, that is out of range.
+std::optional<int64_t> find_out_of_range(const EmbeddingGrad& item);
+// Fills order[tokens] and runs[tokens]; returns the number of runs.
+int64_t group_tokens(const EmbeddingGrad& item, int64_t* order, EmbeddingRun* runs);
+// One unit of work is some columns of one run.
+int64_t embedding_units(const EmbeddingGrad& item, const EmbeddingOrder& order);
+// Adds, or stores, the units [first, last).
+void embedding(const EmbeddingGrad& item, const EmbeddingOrder& order, int64_t first, int64_t last,
+               float scale);
+// Renews the slots that the runs [first, last) own; needs all of main to be up to date.
+void embedding_squares(const EmbeddingGrad& item, const EmbeddingOrder& order, int64_t first,
+                       int64_t last);
 
 // Sum of the slots, in double: NaN when any slot is NaN.
 double sum(const Slots& slots);
@@ -83,10 +159,18 @@ int accumulate(const Accumulation* items, int64_t count, float scale, const floa
 int sum_of_squares(const Squares* items, int64_t count, Stream stream);
 // factor: a device scalar. No memory is touched when it is 1.
 int scale(const Scaling* items, int64_t count, const float* factor, Stream stream);
+// scalars[0..2] = {scale * inv_scale, 0, 1}; inv_scale may be null.
+int prepare_scalars(float scale, const float* inv_scale, float* scalars, Stream stream);
 // sums[i] = sum of items[i]'s slots.
 int reduce(const Slots* items, int64_t count, float* sums, Stream stream);
 // norm = sqrt(sum of sums[0..count)); found_inf = 1 when that is NaN, else 0.
 int norm(const float* sums, int64_t count, float* norm, float* found_inf, Stream stream);
+
+// The bytes of scratch memory that embedding needs.
+int embedding_workspace(const EmbeddingGrad& item, int64_t* bytes);
+// workspace: aligned to 256 bytes. An index out of range traps on the device.
+int embedding(const EmbeddingGrad& item, float scale, const float* inv_scale, void* workspace,
+              Stream stream);
 
 const char* error_string(int code);
 

@@ -13,6 +13,7 @@ import torch
 
 CHUNK_SIZE = 1024
 GRAD_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def num_chunks(numel: int) -> int:
@@ -65,15 +66,14 @@ def _check_plain(what, tensor):
         raise ValueError(f"{what} must not be a lazily negated view: pass its resolve_neg()")
 
 
-def _check_main(what, main, device, dtypes):
+def _check_main(what, main, device, dtypes, *, is_contiguous=False):
     _check_dtype(what, main, dtypes)
     is_strided = main.layout == torch.strided
-    if not is_strided or (main.numel() and not is_dense(main)):
+    fits = is_strided and (main.is_contiguous() if is_contiguous else is_dense(main))
+    if not fits and (main.numel() or not is_strided):
+        layout = "contiguous" if is_contiguous else "dense in memory, without gaps or overlap"
         got = "with other strides" if is_strided else "of a sparse layout"
-        raise ValueError(
-            f"{what} must be dense in memory, without gaps or overlap, got sizes "
-            f"{list(main.shape)} {got}"
-        )
+        raise ValueError(f"{what} must be {layout}, got sizes {list(main.shape)} {got}")
     _check_plain(what, main)
     if main.requires_grad:
         raise ValueError(f"{what} must not require grad: pass a detached tensor or its .data")
@@ -86,6 +86,50 @@ def _check_scalar(what, scalar, device, dtypes=(torch.float32,)):
         raise ValueError(f"{what} must hold one element, got shape {list(scalar.shape)}")
     _check_plain(what, scalar)
     _check_device(what, scalar, device)
+
+
+def _grad_dtypes(main):
+    is_double = main.dtype == torch.float64
+    return (*GRAD_DTYPES, torch.float64) if is_double else GRAD_DTYPES
+
+
+def _check_inv_scale(op, inv_scale, main, main_dtypes):
+    dtypes = {torch.float32, main.dtype} & set(main_dtypes)
+    _check_scalar(f"{op}: inv_scale", inv_scale, main.device, sorted(dtypes, key=str))
+
+
+def _check_shape(what, tensor, expected):
+    """Refuses other sizes; a name stands for any size, and "..." in front for any dimensions."""
+    sizes, got = expected, list(tensor.shape)
+    if expected[:1] == ["..."]:
+        sizes = expected[1:]
+        got = got[max(len(got) - len(sizes), 0) :]
+    fits = len(got) == len(sizes) and all(
+        isinstance(size, str) or size == other for size, other in zip(sizes, got, strict=True)
+    )
+    if not fits:
+        names = ", ".join(map(str, expected))
+        raise ValueError(f"{what} must have shape [{names}], got {list(tensor.shape)}")
+
+
+def _check_operand(what, tensor, dtypes, shape, device):
+    _check_dtype(what, tensor, dtypes)
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{what} must be a strided tensor")
+    _check_shape(what, tensor, shape)
+    _check_device(what, tensor, device)
+
+
+def _check_slots(what, slots, main):
+    _check_dtype(what, slots, (main.dtype,))
+    chunks = num_chunks(main.numel())
+    if slots.shape != (chunks,) or not slots.is_contiguous():
+        raise ValueError(
+            f"{what} must be contiguous of shape [num_chunks(numel)] = [{chunks}], got "
+            f"{list(slots.shape)}"
+        )
+    _check_plain(what, slots)
+    _check_device(what, slots, main.device)
 
 
 def _check_length(what, got, expected):
@@ -111,12 +155,12 @@ def _check_overlap(what, mains):
     return ranges
 
 
-def _check_read(what, tensor, ranges):
+def _check_read(what, tensor, ranges, written="a main gradient"):
     """Refuses memory in one of the ranges that a pass writes; they are sorted and disjoint."""
     begin, end = _address_range(tensor)
     after = bisect.bisect_right(ranges, begin, key=lambda other: other[1])
     if begin < end and after < len(ranges) and ranges[after][0] < end:
-        raise ValueError(f"{what} must not overlap a main gradient in memory: pass a clone")
+        raise ValueError(f"{what} must not overlap {written} in memory: pass a clone")
 
 
 def check_accumulate(
@@ -136,14 +180,12 @@ def check_accumulate(
         return
     device = mains[0].device
     if inv_scale is not None:
-        dtypes = {torch.float32, mains[0].dtype} & set(main_dtypes)
-        _check_scalar(f"{op}: inv_scale", inv_scale, device, sorted(dtypes, key=str))
+        _check_inv_scale(op, inv_scale, mains[0], main_dtypes)
     for i, (main, grad) in enumerate(zip(mains, grads, strict=True)):
         index = f"[{i}]" if is_list else ""
         _check_main(main_name + index, main, device, main_dtypes)
         what = grad_name + index
-        is_double = main.dtype == torch.float64
-        _check_dtype(what, grad, (*GRAD_DTYPES, torch.float64) if is_double else GRAD_DTYPES)
+        _check_dtype(what, grad, _grad_dtypes(main))
         if grad.shape != main.shape:
             raise ValueError(
                 f"{what} must have the shape of its main gradient, {list(main.shape)}, got "
@@ -151,16 +193,7 @@ def check_accumulate(
             )
         _check_device(what, grad, device)
         if partials:
-            what, slots = f"{op}: partials{index}", partials[i]
-            _check_dtype(what, slots, (main.dtype,))
-            chunks = num_chunks(main.numel())
-            if slots.shape != (chunks,) or not slots.is_contiguous():
-                raise ValueError(
-                    f"{what} must be contiguous of shape [num_chunks(numel)] = [{chunks}], got "
-                    f"{list(slots.shape)}"
-                )
-            _check_plain(what, slots)
-            _check_device(what, slots, device)
+            _check_slots(f"{op}: partials{index}", partials[i], main)
     ranges = _check_overlap(main_name, mains)
     if inv_scale is not None:
         _check_read(f"{op}: inv_scale", inv_scale, ranges)
@@ -169,6 +202,90 @@ def check_accumulate(
     for i, (main, grad) in enumerate(zip(mains, grads, strict=True)):
         if _address_range(grad) != _address_range(main) or grad.dtype != main.dtype:
             _check_read(grad_name + (f"[{i}]" if is_list else ""), grad, ranges)
+
+
+def _check_overlaps(op, main, partials, read):
+    """Refuses arguments that overlap what the call writes."""
+    written = [("a main gradient", [main])]
+    if partials is not None:
+        _check_overlap(f"{op}: partials", [main, partials])
+        written.append(("partials", [partials]))
+    written = [(name, _check_overlap(op, tensors)) for name, tensors in written]
+    for name, tensor in read.items():
+        for what, ranges in written:
+            if tensor is not None:
+                _check_read(f"{op}: {name}", tensor, ranges, what)
+
+
+def check_wgrad(op, main, grad_output, input, scale, inv_scale, partials, offsets, *, main_dtypes):
+    """Checks the arguments of wgrad_accumulate_, all but the values of its offsets."""
+    device = main.device
+    check_scale(op, scale)
+    _check_main(f"{op}: main_grad", main, device, main_dtypes, is_contiguous=True)
+    dims, where = ((2, 3), "") if offsets is None else ((3,), " where offsets are given")
+    if main.dim() not in dims:
+        raise ValueError(
+            f"{op}: main_grad must have {' or '.join(map(str, dims))} dimensions{where}, got shape "
+            f"{list(main.shape)}"
+        )
+    if inv_scale is not None:
+        _check_inv_scale(op, inv_scale, main, main_dtypes)
+    *groups, out_features, in_features = main.shape
+    leading = ["tokens"] if offsets is not None else [*groups, "tokens"] if groups else ["..."]
+    dtypes = _grad_dtypes(main)
+    shape = [*leading, out_features]
+    _check_operand(f"{op}: grad_output", grad_output, dtypes, shape, device)
+    shape = [*grad_output.shape[:-1], in_features]
+    _check_operand(f"{op}: input", input, dtypes, shape, device)
+    if input.dtype != grad_output.dtype:
+        raise TypeError(
+            f"{op}: input must have the dtype of grad_output, {grad_output.dtype}, got "
+            f"{input.dtype}"
+        )
+    if offsets is not None:
+        what = f"{op}: offsets"
+        _check_dtype(what, offsets, (torch.int32,))
+        if list(offsets.shape) != groups or not offsets.is_contiguous():
+            raise ValueError(
+                f"{what} must be contiguous of shape {groups}, got {list(offsets.shape)}"
+            )
+        _check_plain(what, offsets)
+        _check_device(what, offsets, device)
+    if partials is not None:
+        _check_slots(f"{op}: partials", partials, main)
+    read = {"inv_scale": inv_scale, "grad_output": grad_output, "input": input}
+    _check_overlaps(op, main, partials, {**read, "offsets": offsets})
+
+
+def check_embedding(
+    op, main, grad_output, indices, padding_idx, scale, inv_scale, partials, *, main_dtypes
+):
+    """Checks the arguments of embedding_accumulate_, all but the values of its indices."""
+    device = main.device
+    check_scale(op, scale)
+    _check_main(f"{op}: main_grad", main, device, main_dtypes, is_contiguous=True)
+    if main.dim() != 2:
+        raise ValueError(f"{op}: main_grad must have 2 dimensions, got shape {list(main.shape)}")
+    if inv_scale is not None:
+        _check_inv_scale(op, inv_scale, main, main_dtypes)
+    rows, width = main.shape
+    _check_operand(f"{op}: indices", indices, INDEX_DTYPES, ["..."], device)
+    shape = [*indices.shape, width]
+    _check_operand(f"{op}: grad_output", grad_output, _grad_dtypes(main), shape, device)
+    if padding_idx is not None and not -rows <= padding_idx < rows:
+        raise ValueError(f"{op}: padding_idx must lie in [{-rows}, {rows}), got {padding_idx}")
+    if partials is not None:
+        _check_slots(f"{op}: partials", partials, main)
+    read = {"inv_scale": inv_scale, "indices": indices, "grad_output": grad_output}
+    _check_overlaps(op, main, partials, read)
+
+
+def check_indices(op, indices, rows):
+    """Checks the values of embedding indices, which waits for their device."""
+    is_bad = (indices < 0) | (indices >= rows)
+    if is_bad.any():
+        got = indices[is_bad][0].item()
+        raise ValueError(f"{op}: indices must lie in [0, {rows}), got {got}")
 
 
 def check_stats(tensors, are_partials, *, main_dtypes):

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from gradacc_kernels import checks, dispatch, ops
+from gradacc_kernels import checks, dispatch, fused, ops, python_fused
 from gradacc_kernels.buffer import FlatBuffer
 from gradacc_kernels.python_hook import PythonHooks
 
@@ -134,11 +135,14 @@ class _Attachment:
         params: dict[str, Tensor],
         scale: float,
         backend: str,
+        fuse: str | bool,
         root: torch.nn.Module | None,
         n_frozen: int,
     ):
         self.scale = scale
         self.requested_backend = backend
+        self.fuse = fuse
+        self.fused: fused.FusedModules | None = None
         self.n_frozen = n_frozen
         self.root = None if root is None else weakref.ref(root)
         self.params = params
@@ -197,10 +201,15 @@ class _Attachment:
                 # The uses of a shared parameter are summed before any hook: float32 makes autograd
                 # cast each of them first.
                 self.grad_dtypes.setdefault(name, (param.grad_dtype, param.dtype))
+                grad, param.grad = param.grad, None
                 param.grad_dtype = group.dtype if uses[id(param)] > 1 else None
+                if grad is not None:
+                    param.grad = grad if param.grad_dtype is None else grad.to(group.dtype)
         for group in groups:
             group.hooks.refresh()
         self.watch = _watch(root, self.aliases)
+        if root is not None and self.fuse is not False:
+            self.fused = fused.FusedModules(root, self.fuse, _covered_by(self))
 
     def refresh(self) -> None:
         """Follows the parameters to new nodes, streams, dtypes, devices and objects."""
@@ -235,6 +244,8 @@ class _Attachment:
             _check_param(name, param, self.requested_backend)
         groups = self.make_groups(params)
 
+        if self.fused is not None:
+            self.fused.remove()
         for group in self.groups:
             group.hooks.remove()
         kept = WeakTensorKeyDictionary({param: name for name, param in params.items()})
@@ -272,9 +283,12 @@ class _Attachment:
 
     def detach(self) -> None:
         """Gives all parameters back."""
-        with self.lock:
+        # The garbage collector may call this at any time, inside anybody's modes.
+        with self.lock, torch.inference_mode(False), _disable_current_modes():
             if self.handle is not None:
                 self.handle.remove()
+            if self.fused is not None:
+                self.fused.remove()
             for group in self.groups:
                 group.hooks.remove()
             for member in self.members():
@@ -285,6 +299,16 @@ class _Attachment:
         # Parameters may outlive a model or an Accumulator, and must then train as stock ones do.
         if not is_finalizing() and getattr(self, "groups", None):
             self.detach()
+
+
+def _covered_by(attachment: _Attachment) -> fused.Find:
+    def find(param: Tensor) -> fused.Covered | None:
+        group, index = _find(param)
+        if group is None or group not in attachment.groups:
+            return None
+        return fused.Covered(param, group.buffer.views[index], group.hooks, index, group.is_native)
+
+    return find
 
 
 def _main_shape(param: Tensor) -> torch.Size:
@@ -300,17 +324,6 @@ def _aliases(root: torch.nn.Module | None, params: dict[str, Tensor]) -> dict[st
     return {name: param for name, param in named if id(param) in covered}
 
 
-class _PythonWatch:
-    """Tells whether a module still holds the parameter objects it had."""
-
-    def __init__(self, entries):
-        self._entries = entries
-
-    def is_changed(self) -> bool:
-        """Compares by identity."""
-        return any(owned.get(name) is not param for owned, name, param in self._entries)
-
-
 def _watch(root: torch.nn.Module | None, params: dict[str, Tensor]):
     if root is None:
         return None
@@ -319,9 +332,8 @@ def _watch(root: torch.nn.Module | None, params: dict[str, Tensor]):
         owner, _, name = path.rpartition(".")
         entries.append((root.get_submodule(owner)._parameters, name, param))
     extension = dispatch.extension()
-    return (
-        _PythonWatch(entries) if isinstance(extension, str) else extension.ParameterWatch(entries)
-    )
+    form = python_fused if isinstance(extension, str) else extension
+    return form.ParameterWatch(entries)
 
 
 class _RefreshBeforeForward:
@@ -512,7 +524,10 @@ class Accumulator:
         if attachment.n_frozen:
             count += f" ({attachment.n_frozen} frozen ones left out)"
         lines = [f"Accumulator({count}, scale {attachment.scale:g}, {_human(self.nbytes)})"]
-        return "\n  ".join(lines + [repr(group) for group in attachment.groups])
+        lines += [repr(group) for group in attachment.groups]
+        if attachment.fused is not None:
+            lines.append(repr(attachment.fused))
+        return "\n  ".join(lines)
 
 
 def _as_main(grad: Tensor, dtype: torch.dtype) -> Tensor:
@@ -555,6 +570,7 @@ def attach(
     *,
     scale: float = 1.0,
     backend: str = "auto",
+    fuse: str | bool = "auto",
 ) -> Accumulator:
     """Makes backward accumulate into float32 main gradients: main = fma(grad, s, main).
 
@@ -587,6 +603,10 @@ def attach(
             micro-batches.
         backend: ``"auto"`` for the fastest on each device, or ``"cuda"``, ``"triton"``, ``"cpu"``
             or ``"reference"``.
+        fuse: whether weight gradients of linear layers, embeddings and expert weights go straight
+            into the main gradient, without a 16-bit tensor between: ``"auto"`` on CUDA where it
+            wins, True wherever it is possible, False nowhere. What is not fused has its gradient
+            added by the hook.
 
     Returns:
         The :class:`Accumulator`.
@@ -612,6 +632,7 @@ def attach(
             "attach: gradients need autograd; call it outside torch.inference_mode()"
         )
     root = model_or_params if isinstance(model_or_params, torch.nn.Module) else None
+    fused.check(root, fuse)
     named = _named(model_or_params)
     params = {name: param for name, param in named.items() if param.requires_grad}
     if not params:
@@ -623,7 +644,7 @@ def attach(
                 f"attach: parameter {name} is attached already; call detach() on its Accumulator "
                 "first"
             )
-    attachment = _Attachment(params, float(scale), backend, root, len(named) - len(params))
+    attachment = _Attachment(params, float(scale), backend, fuse, root, len(named) - len(params))
     if root is not None:
         attachment.handle = root.register_forward_pre_hook(_RefreshBeforeForward(attachment))
     return Accumulator(attachment)

@@ -5,9 +5,10 @@ One formula on every backend, with s = float32(scale) * inv_scale, rounded once:
     add    main = fma(float(grad), s, main)
     store  main = float(grad) * s
 
-The same inputs give the same bits on each run, and on each backend. Nothing here waits for the
-device. Each wrapper takes ``backend``: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or
-``"reference"`` (see :mod:`gradacc_kernels.dispatch`).
+The same inputs give the same bits on each run, and on each backend where ``grad`` is a tensor. Two
+ops compute it on the way, as sums over tokens: the same bits on each run, within a bound on each
+backend. Nothing here waits for the device. Each wrapper takes ``backend``: ``"auto"``, ``"cuda"``,
+``"triton"``, ``"cpu"`` or ``"reference"`` (see :mod:`gradacc_kernels.dispatch`).
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from gradacc_kernels.checks import CHUNK_SIZE, num_chunks
 __all__ = [
     "CHUNK_SIZE",
     "accumulate_",
+    "embedding_accumulate_",
     "grad_stats",
     "multi_accumulate_",
     "num_chunks",
     "scale_",
+    "wgrad_accumulate_",
 ]
 
 _library = torch.library.Library("gradacc_kernels", "DEF")
@@ -40,6 +43,12 @@ _SCHEMAS = {
     "grad_stats": "(Tensor[] tensors, bool are_partials, *, "
     'str backend="auto") -> (Tensor, Tensor, Tensor)',
     "scale_": '(Tensor(a!)[] main_grads, Tensor factor, *, str backend="auto") -> ()',
+    "wgrad_accumulate_": "(Tensor(a!) main_grad, Tensor grad_output, Tensor input, *, "
+    "float scale=1.0, Tensor? inv_scale=None, bool store=False, Tensor(b!)? partials=None, "
+    'Tensor? offsets=None, str backend="auto") -> ()',
+    "embedding_accumulate_": "(Tensor(a!) main_grad, Tensor grad_output, Tensor indices, *, "
+    "int? padding_idx=None, float scale=1.0, Tensor? inv_scale=None, bool store=False, "
+    'Tensor(b!)? partials=None, str backend="auto") -> ()',
 }
 
 
@@ -80,6 +89,42 @@ def _scale_op(main_grads, factor, *, backend="auto"):
         _backend(main_grads, backend).scale_(list(main_grads), factor)
 
 
+def _wgrad_accumulate_op(
+    main_grad,
+    grad_output,
+    input,
+    *,
+    scale=1.0,
+    inv_scale=None,
+    store=False,
+    partials=None,
+    offsets=None,
+    backend="auto",
+):
+    module = _backend([main_grad], backend)
+    module.wgrad_accumulate_(
+        main_grad, grad_output, input, scale, inv_scale, store, partials, offsets
+    )
+
+
+def _embedding_accumulate_op(
+    main_grad,
+    grad_output,
+    indices,
+    *,
+    padding_idx=None,
+    scale=1.0,
+    inv_scale=None,
+    store=False,
+    partials=None,
+    backend="auto",
+):
+    module = _backend([main_grad], backend)
+    module.embedding_accumulate_(
+        main_grad, grad_output, indices, padding_idx, scale, inv_scale, store, partials
+    )
+
+
 def _check_devices(op, device, **arguments):
     """Refuses other devices: with one meta tensor among real ones, torch calls the fake alone."""
     for name, value in arguments.items():
@@ -113,6 +158,33 @@ def _scale_fake(main_grads, factor, **_):
         _check_devices("scale_", main_grads[0].device, main_grads=main_grads, factor=factor)
 
 
+def _wgrad_accumulate_fake(
+    main_grad, grad_output, input, *, inv_scale=None, partials=None, offsets=None, **_
+):
+    _check_devices(
+        "wgrad_accumulate_",
+        main_grad.device,
+        grad_output=grad_output,
+        input=input,
+        inv_scale=inv_scale,
+        partials=partials,
+        offsets=offsets,
+    )
+
+
+def _embedding_accumulate_fake(
+    main_grad, grad_output, indices, *, inv_scale=None, partials=None, **_
+):
+    _check_devices(
+        "embedding_accumulate_",
+        main_grad.device,
+        grad_output=grad_output,
+        indices=indices,
+        inv_scale=inv_scale,
+        partials=partials,
+    )
+
+
 def _grad_stats_fake(tensors, are_partials, *, backend="auto"):
     name = "partials" if are_partials else "main_grads"
     _check_devices("grad_stats", tensors[0].device, **{name: tensors})
@@ -126,6 +198,8 @@ for _name, _function, _fake in (
     ("multi_accumulate_", _multi_accumulate_op, _multi_accumulate_fake),
     ("grad_stats", _grad_stats_op, _grad_stats_fake),
     ("scale_", _scale_op, _scale_fake),
+    ("wgrad_accumulate_", _wgrad_accumulate_op, _wgrad_accumulate_fake),
+    ("embedding_accumulate_", _embedding_accumulate_op, _embedding_accumulate_fake),
 ):
     _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _function, "CompositeExplicitAutograd")
@@ -273,3 +347,127 @@ def scale_(
     """
     torch.ops.gradacc_kernels.scale_(list(main_grads), factor, backend=backend)
     return main_grads
+
+
+def wgrad_accumulate_(
+    main_grad: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    *,
+    scale: float = 1.0,
+    inv_scale: Tensor | None = None,
+    store: bool = False,
+    partials: Tensor | None = None,
+    offsets: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Adds a Linear's weight gradient: main += s * sum over t of grad_output[t, o] * input[t, i].
+
+    One matrix product with a float32 result, s = scale * inv_scale, and no gradient in 16 bits on
+    the way. Moves 8 bytes per element of main_grad (4 to store) and reads the two operands.
+
+    The products are summed in float32 in an order of each backend's own, the same on each run, so
+    with T tokens an element lies within (T + 2) * 2^-23 * (sum of its terms' absolute values) of
+    the exact sum.
+
+    Args:
+        main_grad: float32 of shape [O, I], or [E, O, I] for E weights, contiguous; written. The
+            reference backend takes float64 too.
+        grad_output: float16, bfloat16 or float32 of shape [..., O], any strides: the gradient of
+            the Linear's output. [E, T, O] for E weights, or [T, O] where offsets are given.
+        input: of grad_output's dtype and leading dimensions, [..., I]: what the Linear was given.
+        scale: a factor, finite in float32.
+        inv_scale: float32 tensor of one element on the same device, a second factor; usually
+            1 / loss_scale.
+        store: write the product over main_grad without reading it.
+        partials: float32 of shape [num_chunks(numel)]; written: all slots together hold the sum of
+            squares of the new main_grad, and one of them NaN when an element is not finite. Which
+            slot holds which part is the backend's choice.
+        offsets: int32 of shape [E], for tokens sorted by weight (as torch's grouped_mm has them):
+            weight e takes the rows from offsets[e - 1], or 0, up to offsets[e]. Rows beyond the
+            last offset belong to no weight; a weight without rows adds, or stores, zeros. Read on
+            the device, with ends beyond T as T.
+        backend: which kernels; ``"auto"`` for the fastest that serves the device.
+
+    Returns:
+        main_grad.
+
+    Raises:
+        TypeError: a dtype other than these.
+        ValueError: shapes, devices, layouts or overlaps other than these, a scale that is not
+            finite, an unknown backend. Nothing was written.
+        RuntimeError: the backend is not available.
+    """
+    torch.ops.gradacc_kernels.wgrad_accumulate_(
+        main_grad,
+        grad_output,
+        input,
+        scale=scale,
+        inv_scale=inv_scale,
+        store=store,
+        partials=partials,
+        offsets=offsets,
+        backend=backend,
+    )
+    return main_grad
+
+
+def embedding_accumulate_(
+    main_grad: Tensor,
+    grad_output: Tensor,
+    indices: Tensor,
+    *,
+    padding_idx: int | None = None,
+    scale: float = 1.0,
+    inv_scale: Tensor | None = None,
+    store: bool = False,
+    partials: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Adds an embedding's gradient: main[v] += s * sum of grad_output[t] where indices[t] == v.
+
+    Touches the rows that were looked up and no others: 8 bytes per element of such a row, and one
+    read of grad_output. A store also writes zeros to all other rows. s = scale * inv_scale.
+
+    The gradients of a row are summed in float32 in the order of their tokens, many of them in
+    pieces; one fma adds the sum to the row. No atomics: the same bits on each run.
+
+    Args:
+        main_grad: float32 of shape [V, D], contiguous; written. The reference backend takes
+            float64 too.
+        grad_output: float16, bfloat16 or float32 of shape [*indices.shape, D], any strides: the
+            gradient of the embedding's output.
+        indices: int32 or int64 of any shape and strides: the rows that were looked up.
+        padding_idx: a row whose tokens add nothing; negative ones count from the end.
+        scale: a factor, finite in float32.
+        inv_scale: float32 tensor of one element on the same device, a second factor; usually
+            1 / loss_scale.
+        store: write the sums over main_grad, and zeros where there are none.
+        partials: float32 of shape [num_chunks(numel)], the slots of main_grad as accumulate_ has
+            them. An add renews those with an element of a row that was looked up, and leaves the
+            others, which must be right already; a store writes them all.
+        backend: which kernels; ``"auto"`` for the fastest that serves the device.
+
+    Returns:
+        main_grad.
+
+    Raises:
+        TypeError: a dtype other than these.
+        ValueError: shapes, devices, layouts or overlaps other than these, a scale that is not
+            finite, a padding_idx out of range, an unknown backend; on the CPU, and on the reference
+            backend, an index out of range. Nothing was written. On a GPU such an index stops the
+            kernel, an error that CUDA reports later and that ends the process's use of the device.
+        RuntimeError: the backend is not available.
+    """
+    torch.ops.gradacc_kernels.embedding_accumulate_(
+        main_grad,
+        grad_output,
+        indices,
+        padding_idx=padding_idx,
+        scale=scale,
+        inv_scale=inv_scale,
+        store=store,
+        partials=partials,
+        backend=backend,
+    )
+    return main_grad

@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from types import ModuleType
 from typing import Any
 
@@ -18,8 +19,19 @@ from torch import Tensor
 
 from gradacc_kernels import dispatch
 from gradacc_kernels.reference import in_layout_of
+from gradacc_kernels.window_cast import WindowCast
 
 _SUPPORTED = (torch.float16, torch.bfloat16, torch.float32)
+# Where an AccumulateGrad node's own dictionary tells whose hook it has.
+_NODE_KEY = "gradacc_kernels"
+
+
+class Demand(Enum):
+    """What the backward under way does with the gradient of a parameter."""
+
+    NOTHING = "it is not asked for"
+    MAIN_GRAD = "it is to be added to the main gradient, and nobody looks at it before"
+    GRADIENT = "it has to reach autograd as a tensor"
 
 
 @dataclass
@@ -35,6 +47,7 @@ class _Param:
     handle: Any = None
     queue: weakref.ref | None = None  # where a gradient may be waiting
     batch: int = -1  # of that queue
+    cast: WindowCast = field(default_factory=WindowCast)
 
 
 @dataclass
@@ -100,7 +113,7 @@ class PythonHooks:
         self._device = inv_scale.device
         self._queue_below = queue_below
         self._queue_bytes = queue_bytes
-        self._backend = backend
+        self.backend = backend
         self._owner = weakref.ref(owner)
         self._lock = threading.Lock()
         self._queues: list[weakref.ref[_Queue]] = []
@@ -153,6 +166,7 @@ class PythonHooks:
 
         param.node = node
         param.handle = node.register_prehook(pre_hook)
+        node.metadata[_NODE_KEY] = (hooks, index)
 
     def remove(self) -> None:
         """Ends the hook's work, after adding what is still queued; ``.grad`` stays as it is."""
@@ -181,7 +195,9 @@ class PythonHooks:
 
     def statistics_valid(self, index: int) -> bool:
         """Tells whether a parameter's slots describe its ``.grad``, by its version counter."""
-        param = self._params[index]
+        return self._are_statistics_valid(self._params[index])
+
+    def _are_statistics_valid(self, param: _Param) -> bool:
         grad = param.variable.grad
         return (
             grad is not None
@@ -248,11 +264,11 @@ class PythonHooks:
         stores = [not self._adopt(param) for param, _ in entries]
         if len(entries) == 1:
             (param, grad), (store,) = entries[0], stores
-            self._backend.accumulate_(
+            self.backend.accumulate_(
                 param.main, grad, self._scale, self._inv_scale, store, param.partials
             )
         else:
-            self._backend.multi_accumulate_(
+            self.backend.multi_accumulate_(
                 [param.main for param, _ in entries],
                 [grad for _, grad in entries],
                 self._scale,
@@ -296,14 +312,18 @@ class PythonHooks:
         with self._lock:
             if self._removed:
                 return grad
-            queue = param.queue() if param.queue is not None else None
-            if queue is not None and queue.batch == param.batch:
-                self._flush(queue)
+            self._flush_queued(param)
             if entry[1].nbytes < self._queue_below and not _is_watched(param.variable):
                 self._enqueue(entry)
             else:
                 self._commit([entry])
         return None
+
+    def _flush_queued(self, param: _Param) -> None:
+        """Adds an earlier gradient of this parameter first: it may be the one that stores."""
+        queue = param.queue() if param.queue is not None else None
+        if queue is not None and queue.batch == param.batch:
+            self._flush(queue)
 
     def _enqueue(self, entry: tuple[_Param, Tensor]) -> None:
         graph_task = torch._C._current_graph_task_id()
@@ -344,3 +364,90 @@ class PythonHooks:
         with torch.cuda.stream(queue.stream):
             self._commit(entries)
         caller.wait_stream(queue.stream)
+
+    @staticmethod
+    def demand(node: Any, hooks: PythonHooks | None = None) -> Demand:
+        """Tells what the backward under way does with a gradient that a fused module sends on.
+
+        Args:
+            node: to which the gradient goes, or None.
+            hooks: of which the node must have the hook to be the main gradient's; None for any.
+        """
+        if node is None:
+            return Demand.NOTHING
+        try:
+            if not torch._C._will_engine_execute_node(node):
+                return Demand.NOTHING
+        except RuntimeError:  # torch.autograd.grad with respect to this leaf
+            return Demand.GRADIENT
+        reference, index = node.metadata.get(_NODE_KEY, (None, None))
+        owner = reference() if reference is not None else None
+        if owner is None or (hooks is not None and owner is not hooks):
+            return Demand.GRADIENT
+        if not owner._params[index].variable.requires_grad:
+            return Demand.NOTHING  # frozen since forward: AccumulateGrad skips
+        return Demand.MAIN_GRAD if owner._is_sole_reader(index, node) else Demand.GRADIENT
+
+    def _is_sole_reader(self, index: int, node: Any) -> bool:
+        """Tells whether no other hook sees a gradient before ours adds it."""
+        param = self._params[index]
+        handle = param.handle
+        return (
+            param.node is node
+            and handle is not None
+            and len(handle.hooks_dict_ref() or ()) == 1
+            and not param.variable._backward_hooks
+        )
+
+    def add(
+        self,
+        index: int,
+        write: Callable[[Tensor, Tensor, bool, float, Tensor, bool], bool],
+    ) -> bool:
+        """Has a fused module write to a main gradient, between adopting and showing ``.grad``.
+
+        Args:
+            index: of the parameter.
+            write: called with main, its slots, whether these describe main now (or need not,
+                because it stores), scale, inv_scale, and whether to store; tells whether it has
+                left the slots valid.
+
+        Returns:
+            False, without a call, when the hook's work has ended.
+        """
+        owner = self._owner()  # its finaliser must not run inside, where it would wait for us
+        if owner is None:
+            return False
+        param = self._params[index]
+        with self._lock:
+            if self._removed:
+                return False
+            self._flush_queued(param)
+            # On the parameter's own stream all accumulation is ordered by events.
+            here, home = self._current_stream(), self._stream
+            if here != home:
+                here.wait_stream(home)
+            store = not self._adopt(param)
+            is_valid = store or self._are_statistics_valid(param)
+            param.statistics_version = None
+            is_valid = write(
+                param.main, param.partials, is_valid, self._scale, self._inv_scale, store
+            )
+            if param.variable.grad is not None:
+                torch.autograd.graph.increment_version(param.variable.grad)
+            self._show(param)
+            if is_valid:
+                param.statistics_version = param.variable.grad._version
+            if here != home:
+                home.wait_stream(here)
+        return True
+
+    def cast(self, index: int, dtype: torch.dtype) -> Tensor:
+        """Returns a parameter as a fused module's forward reads it: itself, or its copy."""
+        param = self._params[index]
+        if param.variable.dtype == dtype:
+            return param.variable
+        with self._lock:
+            grad = param.variable.grad
+            our_version = param.exposed_version if grad is param.exposed else -1
+            return param.cast.get(param.variable, grad, our_version, dtype)

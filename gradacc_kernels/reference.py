@@ -1,10 +1,13 @@
 """The specification: every op in eager torch, for any device that has float64.
 
-Other backends give the same main gradients, bit for bit; ``reference`` alone also accumulates into
-float64 main gradients, in float64.
+Other backends give the same main gradients, bit for bit, but for the two ops that sum over tokens,
+which this one does in float64. ``reference`` alone also accumulates into float64 main gradients, in
+float64.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -60,18 +63,24 @@ def square_sums(main: Tensor) -> Tensor:
     return (padded.square().sum(1)).where(padded.isfinite().all(1), torch.nan)
 
 
-def _accumulate(main, grad, scale, inv_scale, store, partials):
+def _factor(main, scale, inv_scale):
     s = torch.full((), scale, dtype=main.dtype, device=main.device)
-    if inv_scale is not None:
-        s = s * inv_scale.reshape(())
+    return s if inv_scale is None else s * inv_scale.reshape(())
+
+
+def _new_main(main, grad, s, store):
+    if store:
+        return grad * s
+    return main + grad * s if main.dtype == torch.float64 else fma(grad, s, main)
+
+
+def _accumulate(main, grad, scale, inv_scale, store, partials):
+    s = _factor(main, scale, inv_scale)
     grad = in_layout_of(grad, main).to(main.dtype)
-    if main.dtype == torch.float64:
-        main.copy_(grad * s if store else main + grad * s)
+    if not store and s.device.type == "cpu" and s.item() == 1:
+        main.add_(grad)  # the same bits, without the work of an exact product
     else:
-        if not store and s.device.type == "cpu" and s.item() == 1:
-            main.add_(grad)  # the same bits, without the work of an exact product
-        else:
-            main.copy_(grad * s if store else fma(grad, s, main))
+        main.copy_(_new_main(main, grad, s, store))
     if partials is not None:
         partials.copy_(square_sums(main))
 
@@ -115,6 +124,97 @@ def multi_accumulate_(mains, grads, scale, inv_scale, stores, partials):
             bool(stores) and stores[i],
             partials[i] if partials else None,
         )
+
+
+def in_rows(tensor: Tensor, width: int) -> Tensor:
+    """Returns a tensor as a matrix of rows of ``width``, copied where it cannot be viewed so."""
+    if tensor._is_zerotensor():
+        tensor = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return tensor.resolve_neg().reshape(math.prod(tensor.shape[:-1]), width)
+
+
+@torch.no_grad()
+def wgrad_accumulate_(main, grad_output, input, scale, inv_scale, store, partials, offsets):
+    """See :func:`gradacc_kernels.ops.wgrad_accumulate_`.
+
+    Offsets are read to the host, which waits for the device. Only this backend does so.
+    """
+    checks.check_wgrad(
+        "wgrad_accumulate_",
+        main,
+        grad_output,
+        input,
+        scale,
+        inv_scale,
+        partials,
+        offsets,
+        main_dtypes=MAIN_DTYPES,
+    )
+    s = _factor(main, scale, inv_scale)
+    mains = main if main.dim() == 3 else main[None]
+    grad_output = in_rows(grad_output, main.shape[-2])
+    input = in_rows(input, main.shape[-1])
+    tokens = len(input)
+    if offsets is not None:
+        ends = [min(max(end, 0), tokens) for end in offsets.tolist()]
+    else:
+        ends = [(e + 1) * tokens // len(mains) for e in range(len(mains))]
+    for weight, begin, end in zip(mains, [0, *ends], ends, strict=False):
+        grad = grad_output[begin:end].t().double() @ input[begin:end].double()
+        weight.copy_(_new_main(weight, grad.to(main.dtype), s, store))
+    if partials is not None:
+        partials.copy_(square_sums(main))
+
+
+def _chunks_of_rows(main, rows):
+    """Tells which chunks hold an element of the rows: a bool per chunk."""
+    chunks = torch.arange(checks.num_chunks(main.numel()), device=main.device)
+    first = chunks * checks.CHUNK_SIZE // main.shape[1]
+    last = ((chunks + 1) * checks.CHUNK_SIZE).clamp(max=main.numel()) - 1
+    are_rows = torch.zeros(len(main) + 1, dtype=torch.int64, device=main.device)
+    are_rows[rows + 1] = 1
+    rows_before = are_rows.cumsum(0)
+    return rows_before[last // main.shape[1] + 1] > rows_before[first]
+
+
+@torch.no_grad()
+def embedding_accumulate_(
+    main, grad_output, indices, padding_idx, scale, inv_scale, store, partials
+):
+    """See :func:`gradacc_kernels.ops.embedding_accumulate_`.
+
+    The indices are tested on the host, which waits for the device. Only this backend does so.
+    """
+    op = "embedding_accumulate_"
+    checks.check_embedding(
+        op,
+        main,
+        grad_output,
+        indices,
+        padding_idx,
+        scale,
+        inv_scale,
+        partials,
+        main_dtypes=MAIN_DTYPES,
+    )
+    checks.check_indices(op, indices, len(main))
+    s = _factor(main, scale, inv_scale)
+    indices = indices.reshape(-1).long()
+    grad_output = in_rows(grad_output, main.shape[1])
+    if padding_idx is not None:
+        is_token = indices != padding_idx % len(main)
+        indices, grad_output = indices[is_token], grad_output[is_token]
+    rows, group = indices.unique(return_inverse=True)
+    sums = torch.zeros(len(rows), main.shape[1], dtype=torch.float64, device=main.device)
+    # Of the ways to sum by index this one has no atomics: sorted on CUDA, serial on the CPU.
+    sums.index_put_((group,), grad_output.double(), accumulate=True)
+    new = _new_main(main[rows], sums.to(main.dtype), s, store)
+    if store:
+        main.zero_()
+    main[rows] = new
+    if partials is not None and main.numel():
+        is_new = _chunks_of_rows(main, rows) | store
+        partials.copy_(torch.where(is_new, square_sums(main), partials))
 
 
 @torch.no_grad()

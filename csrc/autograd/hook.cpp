@@ -3,12 +3,17 @@
 #include <c10/core/Event.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/python_hook.h>
 
 #include <algorithm>
+#include <string_view>
+#include <typeinfo>
 #include <utility>
 
 #include "../bindings/checks.h"
@@ -35,6 +40,12 @@ class GradHooks::PreHook : public autograd::FunctionPreHook {
   }
 
   bool belongs_to(const GradHooks* hooks) const { return hooks_.lock().get() == hooks; }
+
+  // Whether the hook adds gradients, for `hooks` if it is not null.
+  bool is_active(const GradHooks* hooks) const {
+    const auto alive = hooks_.lock();
+    return alive && !alive->removed_ && (!hooks || alive.get() == hooks);
+  }
 
  private:
   std::weak_ptr<GradHooks> hooks_;
@@ -67,6 +78,23 @@ struct GradHooks::Queue {
 };
 
 namespace {
+
+// Whether a hook is one of Python's that was removed: its holder stays, with an empty dict.
+bool is_removed(const autograd::FunctionPreHook& hook) {
+  // By name, because torch does not export what dynamic_cast to these classes needs.
+  const auto is = [&](const char* name) {
+    return std::string_view(typeid(hook).name()).find(name) != std::string_view::npos;
+  };
+  PyObject* dict = nullptr;
+  if (is("23PyFunctionTensorPreHookE")) {
+    dict = static_cast<const autograd::PyFunctionTensorPreHook&>(hook).dict;
+  } else if (is("17PyFunctionPreHookE")) {
+    dict = static_cast<const autograd::PyFunctionPreHook&>(hook).dict;
+  }
+  if (!dict) return false;
+  const pybind11::gil_scoped_acquire gil;
+  return PyDict_Size(dict) == 0;
+}
 
 std::optional<c10::Stream> current_stream(at::Device device) {
   if (device.is_cpu()) return std::nullopt;
@@ -159,7 +187,10 @@ void GradHooks::invalidate() {
 
 bool GradHooks::statistics_valid(int64_t index) {
   const Lock lock(*this);
-  const Param& param = params_.at(index);
+  return are_statistics_valid(params_.at(index));
+}
+
+bool GradHooks::are_statistics_valid(const Param& param) const {
   const at::Tensor& grad = param.variable.mutable_grad();
   return grad.defined() && grad.is_same(param.exposed) && is_ours(grad, param) &&
          param.statistics_version == static_cast<int64_t>(grad._version());
@@ -247,8 +278,7 @@ at::Tensor GradHooks::consume(int64_t index, const at::Tensor& grad) {
 
   const Lock lock(*this);
   if (removed_) return grad;
-  // An earlier gradient of this parameter goes first: it may be the one that stores.
-  if (const auto queue = param.queue.lock(); queue && queue->batch == param.batch) flush(*queue);
+  flush_queued(param);
   // Other hooks on the parameter read `.grad` as soon as we return.
   const bool is_watched = !param.node || !param.node->post_hooks().empty() ||
                           autograd::impl::post_acc_grad_hooks(param.variable) != nullptr;
@@ -259,6 +289,11 @@ at::Tensor GradHooks::consume(int64_t index, const at::Tensor& grad) {
     commit({std::move(entry)});
   }
   return {};
+}
+
+// An earlier gradient of this parameter goes first: it may be the one that stores.
+void GradHooks::flush_queued(const Param& param) {
+  if (const auto queue = param.queue.lock(); queue && queue->batch == param.batch) flush(*queue);
 }
 
 void GradHooks::enqueue(Entry entry) {
@@ -310,6 +345,88 @@ void GradHooks::flush(Queue& queue) {
   c10::Event added(device_.type());
   added.record(*queue.stream);
   added.block(*caller);
+}
+
+Demand GradHooks::demand(const autograd::Edge& edge, const GradHooks* hooks) {
+  autograd::Node* node = edge.function.get();
+  if (!node) return Demand::kNothing;
+  // Empty: backward() without inputs, which accumulates into every leaf.
+  const auto* exec_info = autograd::get_current_graph_task_exec_info();
+  if (exec_info && !exec_info->empty()) {
+    const auto found = exec_info->find(node);
+    if (found == exec_info->end() || !found->second.should_execute()) return Demand::kNothing;
+    if (found->second.captures_) return Demand::kGradient;
+  }
+  // Anomaly mode looks for NaN in what a node returns.
+  if (autograd::AnomalyMode::is_enabled()) return Demand::kGradient;
+  // Hooks of others see the gradient before it is added; without ours nobody would add it.
+  for (const auto& hook : node->tensor_pre_hooks())
+    if (!is_removed(*hook)) return Demand::kGradient;
+  bool is_ours = false;
+  for (const auto& hook : node->pre_hooks()) {
+    if (const auto* ours = dynamic_cast<const PreHook*>(hook.get())) {
+      is_ours = is_ours || ours->is_active(hooks);
+    } else if (!is_removed(*hook)) {
+      return Demand::kGradient;
+    }
+  }
+  return is_ours ? Demand::kMainGrad : Demand::kGradient;
+}
+
+// On the parameter's own stream, if its node has another one than the caller's, all accumulation
+// is ordered by events: what comes before, and what the end of backward waits for.
+bool GradHooks::add(int64_t index, c10::function_ref<bool(const MainGrad&)> add) {
+  Param& param = params_.at(index);
+  const Lock lock(*this);
+  if (removed_) return false;
+  if (!param.variable.requires_grad()) return true;  // frozen since forward, as in consume
+  flush_queued(param);
+  const auto here = current_stream(device_);
+  const auto home = here && param.node ? param.node->stream() : here;
+  const auto order = [&](const c10::Stream& first, const c10::Stream& second) {
+    c10::Event event(device_.type());
+    event.record(first);
+    event.block(second);
+  };
+  if (here != home && home) order(*home, *here);
+  const bool store = !adopt(param);
+  const bool has_statistics = add({param.main, static_cast<float*>(param.partials.data_ptr()),
+                                   store || are_statistics_valid(param), factor(), store});
+  const at::Tensor& grad = param.variable.mutable_grad();
+  if (grad.defined()) grad.unsafeGetTensorImpl()->bump_version();
+  show(param);
+  param.statistics_version.reset();
+  if (has_statistics)
+    param.statistics_version = static_cast<int64_t>(param.variable.mutable_grad()._version());
+  if (here != home && home) order(*here, *home);
+  return true;
+}
+
+// Prepared once a backward: inv_scale may have changed since the last one.
+const Factor& GradHooks::factor() {
+  const int task = autograd::get_current_graph_task_id();
+  const auto stream = current_stream(device_);
+  if (task < 0 || task != factor_task_ || stream != factor_stream_) {
+    // New memory, for a graph capture's belongs to the graph.
+    scalars_ = at::empty({3}, inv_scale_.options());
+    auto* scalars = static_cast<float*>(scalars_.data_ptr());
+    backend_.prepare({scale_, static_cast<const float*>(inv_scale_.const_data_ptr())}, scalars,
+                     device_);
+    factor_ = {1.f, scalars, scalars};
+    factor_task_ = task;
+    factor_stream_ = stream;
+  }
+  return factor_;
+}
+
+at::Tensor GradHooks::cast(int64_t index, at::ScalarType dtype) {
+  Param& param = params_.at(index);
+  if (param.variable.scalar_type() == dtype) return param.variable;
+  const Lock lock(*this);
+  const at::Tensor& grad = param.variable.mutable_grad();
+  return param.cast.get(param.variable, grad,
+                        grad.is_same(param.exposed) ? param.exposed_version : -1, dtype,
+                        backend_.capture_id(device_));
 }
 
 }  // namespace gradacc

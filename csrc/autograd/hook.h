@@ -1,9 +1,10 @@
 // The hook that takes a parameter's micro-batch gradient from autograd and adds it to the main
-// gradient, and the state it works on.
+// gradient, and the state it works on. Fused modules add to the same main gradients through it.
 
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/util/FunctionRef.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <atomic>
@@ -14,8 +15,26 @@
 #include <vector>
 
 #include "../bindings/backend.h"
+#include "window_cast.h"
 
 namespace gradacc {
+
+// What the backward under way does with the gradient of a parameter.
+enum class Demand {
+  kNothing,   // it is not asked for, as in torch.autograd.grad with respect to something else
+  kMainGrad,  // it is to be added to the main gradient, and nobody looks at it before
+  kGradient,  // it has to reach autograd as a tensor
+};
+
+// A main gradient to which a fused module adds.
+struct MainGrad {
+  const at::Tensor& main;
+  // Its slots, or null when they do not describe `main` now. Unused when storing.
+  float* partials;
+  bool are_partials_valid;
+  const Factor& factor;
+  bool store;
+};
 
 // Pre-hooks on the AccumulateGrad nodes of the parameters of one device. Each consumes the gradient
 // and returns none, so that `.grad` is ours alone:
@@ -53,6 +72,17 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   // What the parameter's window has summed so far, or none: main, unless `.grad` is another tensor.
   std::optional<at::Tensor> current(int64_t index);
 
+  // For fused modules. What the backward under way does with a gradient that it sends along `edge`,
+  // which leads to the AccumulateGrad node of a parameter of `hooks`, or of any, where that is
+  // null.
+  static Demand demand(const torch::autograd::Edge& edge, const GradHooks* hooks);
+  // Calls `add` on the main gradient, between adopting and showing `.grad`; add tells whether it
+  // has left the slots valid. False, without a call, when the hook's work has ended.
+  bool add(int64_t index, c10::function_ref<bool(const MainGrad&)> add);
+  // The parameter as a fused module's forward reads it: itself, or its copy of `dtype`.
+  at::Tensor cast(int64_t index, at::ScalarType dtype);
+  at::Device device() const { return device_; }
+
  private:
   class Lock;
   class PreHook;
@@ -69,6 +99,7 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
     decltype(torch::autograd::impl::grad_accumulator(at::Tensor())) node;
     std::weak_ptr<Queue> queue;  // where a gradient may be waiting
     int64_t batch = -1;          // of that queue
+    WindowCast cast;
   };
 
   struct Entry {
@@ -81,8 +112,11 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   void install(int64_t index);
   bool is_ours(const at::Tensor& grad, const Param& param) const;
   bool was_cast(const at::Tensor& grad, const Param& param) const;
+  bool are_statistics_valid(const Param& param) const;
   bool adopt(Param& param);
   void show(Param& param);
+  void flush_queued(const Param& param);
+  const Factor& factor();
   void commit(const std::vector<Entry>& entries);
   void enqueue(Entry entry);
   void flush(Queue& queue);
@@ -100,6 +134,10 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   std::vector<std::weak_ptr<Queue>> queues_;  // one for each backward under way
   std::vector<Accumulation> items_;           // scratch of commit
   std::vector<at::Tensor> retired_;           // what `.grad` gave up, until the mutex is free
+  Factor factor_;                             // of the backward and stream below
+  at::Tensor scalars_;                        // its memory
+  int factor_task_ = -1;
+  std::optional<c10::Stream> factor_stream_;
 };
 
 }  // namespace gradacc

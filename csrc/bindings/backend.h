@@ -4,11 +4,21 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "../kernels.h"
 
 namespace gradacc {
+
+// The factor s = scale * inv_scale of a gradient.
+struct Factor {
+  float scale = 1.f;
+  const float* inv_scale = nullptr;  // device scalar, or null for 1
+  // Device memory of {s, 0, 1}, for libraries that take their scalars by address; null where nobody
+  // has prepared it. With it, scale is 1 and inv_scale points to s.
+  const float* scalars = nullptr;
+};
 
 // Pointers are memory of `device`; a CUDA backend launches on the device's current stream and
 // returns at once. inv_scale may be null.
@@ -20,6 +30,18 @@ struct Backend {
   // sums[i] = sum of items[i]'s slots; norm[0] = sqrt(sum sums); found_inf[0] = isnan(norm[0]).
   void (*reduce)(const std::vector<Slots>& items, float* sums, float* norm, float* found_inf,
                  at::Device device);
+  // main (+)= s * grad_outputᵀ input, of the shapes of wgrad_accumulate_ (gradacc_kernels/ops.py).
+  // partials may be null. Returns whether they were written.
+  bool (*weight_grad)(const at::Tensor& main, const at::Tensor& grad_output,
+                      const at::Tensor& input, const std::optional<at::Tensor>& offsets,
+                      const Factor& factor, bool store, float* partials);
+  // scalars[0..2] = {scale * inv_scale, 0, 1}.
+  void (*prepare)(const Factor& factor, float* scalars, at::Device device);
+  // Identifies the graph capture that the current stream is in; 0 outside of one.
+  uint64_t (*capture_id)(at::Device device);
+  // Raises where an index is out of range, before anything is written; a GPU traps instead.
+  void (*embedding)(const EmbeddingGrad& item, float scale, const float* inv_scale,
+                    at::Device device);
 };
 
 extern const Backend kCpuBackend;

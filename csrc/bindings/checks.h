@@ -79,16 +79,32 @@ inline void check_plain(const Argument& what, const at::Tensor& tensor) {
                     " must not be a lazily negated view: pass its resolve_neg()");
 }
 
-inline void check_main(const Argument& what, const at::Tensor& main, at::Device device) {
+inline void check_strided(const Argument& what, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, what, " must be a strided tensor");
+}
+
+// is_dense: the layout that the op can write to, which `expected` describes.
+inline void check_main(const Argument& what, const at::Tensor& main, at::Device device,
+                       bool is_dense, const char* expected) {
   check_float32(what, main);
-  TORCH_CHECK_VALUE(main.layout() == at::kStrided && main.is_non_overlapping_and_dense(), what,
-                    " must be dense in memory, without gaps or overlap, got sizes ",
-                    text(main.sizes()),
+  TORCH_CHECK_VALUE(main.layout() == at::kStrided && is_dense, what, " must be ", expected,
+                    ", got sizes ", text(main.sizes()),
                     main.layout() == at::kStrided ? " with other strides" : " of a sparse layout");
   check_plain(what, main);
   TORCH_CHECK_VALUE(!main.requires_grad(), what,
                     " must not require grad: pass a detached tensor or its .data");
   check_device(what, main, device);
+}
+
+inline void check_main(const Argument& what, const at::Tensor& main, at::Device device) {
+  check_main(what, main, device,
+             main.layout() == at::kStrided && main.is_non_overlapping_and_dense(),
+             "dense in memory, without gaps or overlap");
+}
+
+inline void check_contiguous_main(const Argument& what, const at::Tensor& main, at::Device device) {
+  check_main(what, main, device, main.layout() == at::kStrided && main.is_contiguous(),
+             "contiguous");
 }
 
 inline void check_grad(const Argument& what, const at::Tensor& grad, const at::Tensor& main) {
@@ -155,14 +171,16 @@ class OverlapCheck {
     check_read(what, grad);
   }
 
-  // Memory that a pass reads while it writes the main gradients.
-  void check_read(const Argument& what, const at::Tensor& tensor) const {
+  // Memory that a pass reads while it writes what this is of.
+  void check_read(const Argument& what, const at::Tensor& tensor,
+                  const char* written = "a main gradient") const {
+    if (tensor.numel() == 0) return;
     const Range range = range_of(tensor);
     const auto next = std::upper_bound(
         ranges_.begin(), ranges_.end(), range.first,
         [](uintptr_t address, const Range& other) { return address < other.second; });
     TORCH_CHECK_VALUE(next == ranges_.end() || range.second <= next->first, what,
-                      " must not overlap a main gradient in memory: pass a clone");
+                      " must not overlap ", written, " in memory: pass a clone");
   }
 
  private:
@@ -176,6 +194,34 @@ class OverlapCheck {
   }
 
   std::vector<Range> ranges_;
+};
+
+// What an op with one main gradient writes, and what it reads meanwhile: they must be apart.
+class WrittenMemory {
+ public:
+  WrittenMemory(const char* op, const at::Tensor& main, const std::optional<at::Tensor>& partials)
+      : op_(op),
+        main_({op, "main_grad"}, {main}),
+        partials_({op, "partials"}, checked(op, partials, main)) {
+    if (partials) OverlapCheck({op, "partials"}, {main, *partials});
+  }
+
+  void check_read(const char* name, const at::Tensor& tensor) const {
+    main_.check_read({op_, name}, tensor);
+    partials_.check_read({op_, name}, tensor, "partials");
+  }
+
+ private:
+  static std::vector<at::Tensor> checked(const char* op, const std::optional<at::Tensor>& partials,
+                                         const at::Tensor& main) {
+    if (!partials) return {};
+    check_partials({op, "partials"}, *partials, main);
+    return {*partials};
+  }
+
+  const char* op_;
+  OverlapCheck main_;
+  OverlapCheck partials_;
 };
 
 }  // namespace gradacc

@@ -2,9 +2,12 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "backend.h"
+#include "checks.h"
+#include "wgrad.h"
 
 namespace gradacc {
 namespace {
@@ -59,8 +62,52 @@ void reduce(const std::vector<Slots>& items, float* sums, float* norm, float* fo
   *found_inf = std::isnan(total) ? 1.f : 0.f;
 }
 
+void prepare(const Factor& factor, float* scalars, at::Device) {
+  scalars[0] = factor.inv_scale ? factor.scale * *factor.inv_scale : factor.scale;
+  scalars[1] = 0.f;
+  scalars[2] = 1.f;
+}
+
+void embedding(const EmbeddingGrad& item, float scale, const float* inv_scale, at::Device) {
+  if (const auto index = cpu::find_out_of_range(item))
+    TORCH_CHECK_VALUE(false, "embedding_accumulate_: indices must lie in [0, ", text(item.rows),
+                      "), got ", text(*index));
+  const float s = inv_scale ? scale * *inv_scale : scale;
+  std::vector<int64_t> tokens(item.tokens);
+  std::vector<EmbeddingRun> runs(item.tokens);
+  const int64_t count = cpu::group_tokens(item, tokens.data(), runs.data());
+  const EmbeddingOrder order{tokens.data(), runs.data(), count};
+  const auto clear = [](float* values, int64_t numel) {
+    at::parallel_for(0, numel, kGrain * kChunkSize, [=](int64_t first, int64_t last) {
+      std::fill(values + first, values + last, 0.f);
+    });
+  };
+  const int64_t numel = item.rows * item.columns;
+  if (item.store) clear(item.main, numel);
+  if (item.store && item.partials) clear(item.partials, num_chunks(numel));
+  const int64_t units = cpu::embedding_units(item, order);
+  if (units == 0) return;
+  const int64_t reads_per_unit = item.tokens * item.columns / units;
+  at::parallel_for(
+      0, units, std::max<int64_t>(kGrain * kChunkSize / reads_per_unit, 1),
+      [&](int64_t first, int64_t last) { cpu::embedding(item, order, first, last, s); });
+  if (!item.partials) return;
+  at::parallel_for(0, count, kGrain, [&](int64_t first, int64_t last) {
+    cpu::embedding_squares(item, order, first, last);
+  });
+}
+
 }  // namespace
 
-const Backend kCpuBackend = {accumulate, sum_of_squares, scale, reduce};
+const Backend kCpuBackend = {
+    accumulate,
+    sum_of_squares,
+    scale,
+    reduce,
+    cpu_weight_grad,
+    prepare,
+    [](at::Device) { return uint64_t{0}; },
+    embedding,
+};
 
 }  // namespace gradacc

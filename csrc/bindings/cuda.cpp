@@ -1,9 +1,11 @@
 // The CUDA backend: device guard, current stream, error codes.
 
+#include <ATen/ATen.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include "backend.h"
+#include "wgrad.h"
 
 namespace gradacc {
 namespace {
@@ -41,8 +43,35 @@ void reduce(const std::vector<Slots>& items, float* sums, float* norm, float* fo
   check(cuda::norm(sums, items.size(), norm, found_inf, stream), "norm");
 }
 
+void embedding(const EmbeddingGrad& item, float scale, const float* inv_scale, at::Device device) {
+  const c10::cuda::CUDAGuard guard(device);
+  int64_t bytes = 0;
+  check(cuda::embedding_workspace(item, &bytes), "embedding");
+  const at::Tensor workspace = at::empty({bytes}, at::device(device).dtype(at::kByte));
+  check(cuda::embedding(item, scale, inv_scale, workspace.data_ptr(),
+                        c10::cuda::getCurrentCUDAStream()),
+        "embedding");
+}
+
+void prepare(const Factor& factor, float* scalars, at::Device device) {
+  const c10::cuda::CUDAGuard guard(device);
+  check(cuda::prepare_scalars(factor.scale, factor.inv_scale, scalars,
+                              c10::cuda::getCurrentCUDAStream()),
+        "prepare_scalars");
+}
+
+uint64_t capture_id(at::Device device) {
+  cudaStreamCaptureStatus status;
+  unsigned long long id = 0;
+  check(cudaStreamGetCaptureInfo(c10::cuda::getCurrentCUDAStream(device.index()), &status, &id),
+        "capture_id");
+  return status == cudaStreamCaptureStatusNone ? 0 : id;
+}
+
 }  // namespace
 
-const Backend kCudaBackend = {accumulate, sum_of_squares, scale, reduce};
+const Backend kCudaBackend = {
+    accumulate, sum_of_squares, scale, reduce, cuda_weight_grad, prepare, capture_id, embedding,
+};
 
 }  // namespace gradacc

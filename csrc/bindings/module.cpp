@@ -2,9 +2,17 @@
 
 #include <torch/extension.h>
 
+#include "../autograd/fused_module.h"
 #include "../autograd/hook.h"
+#include "embedding.h"
 #include "ops.h"
 #include "parameter_watch.h"
+#include "wgrad.h"
+#ifdef GRADACC_WITH_CUDA
+#include "../cuda/wgrad_cutlass.h"
+#include "cublaslt.h"
+#include "wgrad_choice.h"
+#endif
 
 namespace gradacc {
 namespace {
@@ -30,6 +38,10 @@ bool has_post_hooks(const at::Tensor& tensor) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
+  using gradacc::FusedEmbedding;
+  using gradacc::FusedLinear;
+  using gradacc::FusedLookup;
+  using gradacc::FusedWeight;
   using gradacc::GradHooks;
   using gradacc::ParameterWatch;
   using NoGil = py::call_guard<py::gil_scoped_release>;
@@ -43,10 +55,26 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("CUDA_ARCHITECTURES") = "";
 #endif
 
+#ifdef GRADACC_WITH_CUDA
+  m.def("set_weight_grad_choice", &gradacc::set_weight_grad_choice);
+  m.def("force_weight_grad_choice", &gradacc::force_weight_grad_choice);
+  m.def("weight_grad_choices", [] {
+    std::vector<std::string> names;
+    for (int i = 0; i < gradacc::cuda::wgrad_cutlass_count(); ++i)
+      names.emplace_back(gradacc::cuda::wgrad_cutlass_name(i));
+    for (int i = 0; i < gradacc::kCublasLtAlgorithms; ++i)
+      names.push_back("cublaslt:" + std::to_string(i));
+    return names;
+  });
+#endif
+
   m.def("accumulate_", &gradacc::accumulate_, NoGil());
   m.def("multi_accumulate_", &gradacc::multi_accumulate_, NoGil());
   m.def("grad_stats", &gradacc::grad_stats, NoGil());
   m.def("scale_", &gradacc::scale_, NoGil());
+  m.def("embedding_accumulate_", &gradacc::embedding_accumulate_, NoGil());
+  m.def("wgrad_accumulate_", &gradacc::wgrad_accumulate_, NoGil());
+  m.def("count_optimizer_step", [] { ++gradacc::optimizer_steps(); });
   m.def("has_post_hooks", &gradacc::has_post_hooks);
   m.def("follow_own_dtype", &gradacc::follow_own_dtype);
   m.def("cpu_isa", &gradacc::cpu::isa);
@@ -65,4 +93,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<ParameterWatch>(m, "ParameterWatch")
       .def(py::init<std::vector<std::tuple<py::dict, py::str, py::object>>>())
       .def("is_changed", &ParameterWatch::is_changed);
+
+  py::class_<FusedWeight, std::shared_ptr<FusedWeight>>(m, "FusedWeight")
+      .def(py::init<std::shared_ptr<GradHooks>, int64_t, at::Tensor, bool>())
+      .def("batched", &FusedWeight::batched, NoGil())
+      .def("grouped", &FusedWeight::grouped, NoGil())
+      .def("expert", &FusedWeight::expert, NoGil());
+  py::class_<FusedEmbedding, std::shared_ptr<FusedEmbedding>>(m, "FusedEmbedding")
+      .def(py::init<std::shared_ptr<GradHooks>, int64_t, at::Tensor, int64_t, bool>());
+  py::class_<FusedLinear>(m, "FusedLinear")
+      .def(py::init<ParameterWatch, std::shared_ptr<FusedWeight>, std::optional<at::Tensor>>())
+      .def("__call__", &FusedLinear::operator());
+  py::class_<FusedLookup>(m, "FusedLookup")
+      .def(py::init<ParameterWatch, std::shared_ptr<FusedEmbedding>>())
+      .def("__call__", &FusedLookup::operator());
 }

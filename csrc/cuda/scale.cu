@@ -39,6 +39,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+__global__ void prepare_kernel(float scale, const float* inv_scale, float* scalars) {
+  scalars[0] = inv_scale ? scale * *inv_scale : scale;
+  scalars[1] = 0.f;
+  scalars[2] = 1.f;
+}
+
 }  // namespace
 
 int scale(const Scaling* items, int64_t count, const float* factor, Stream stream) {
@@ -51,6 +57,11 @@ int scale(const Scaling* items, int64_t count, const float* factor, Stream strea
     const int blocks = std::min(chunks, processors * kBlocksPerProcessor);
     scale_kernel<<<blocks, kThreads, 0, stream>>>(table, chunks, factor);
   });
+}
+
+int prepare_scalars(float scale, const float* inv_scale, float* scalars, Stream stream) {
+  prepare_kernel<<<1, 1, 0, stream>>>(scale, inv_scale, scalars);
+  return cudaGetLastError();
 }
 
 }  // namespace gradacc::cuda

@@ -1,0 +1,265 @@
+#include "fused_weight.h"
+
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+#include <utility>
+
+#include "../bindings/checks.h"
+#include "node.h"
+
+namespace gradacc {
+
+namespace autograd = torch::autograd;
+
+namespace {
+
+// [..., n] as [tokens, n].
+at::Tensor as_rows(const at::Tensor& tensor) {
+  if (tensor.dim() == 2) return tensor;
+  const auto leading = tensor.sizes().slice(0, tensor.dim() - 1);
+  return tensor.reshape({c10::multiply_integers(leading), tensor.size(-1)});
+}
+
+}  // namespace
+
+class ProductBackward : public FusedNode {
+ public:
+  ProductBackward(std::shared_ptr<FusedWeight> fused, std::shared_ptr<GradHooks> hooks,
+                  FusedWeight::Product product, at::ScalarType bias_dtype)
+      : fused_(std::move(fused)),
+        hooks_(std::move(hooks)),
+        product_(std::move(product)),
+        bias_dtype_(bias_dtype) {}
+
+  std::string name() const override { return "FusedWeightBackward"; }
+
+  // cast: the 16-bit copy of the weight that was multiplied with, if that was not the weight
+  // itself.
+  void save(const at::Tensor& input, const at::Tensor& cast) {
+    input_ = autograd::SavedVariable(input, false);
+    if (!should_compute_output(kInput)) return;
+    if (cast.is_same(fused_->weight_)) {
+      weight_ = autograd::SavedVariable(cast, false);
+    } else {
+      cast_ = cast;
+      version_ = static_cast<int64_t>(fused_->weight_._version());
+    }
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    input_.reset_data();
+    weight_.reset_data();
+    cast_.reset();
+  }
+
+  autograd::variable_list apply(autograd::variable_list&& grads) override {
+    autograd::variable_list result(3);
+    const at::Tensor& dy = grads[0];
+    if (!dy.defined()) return result;
+    const std::unique_lock<std::mutex> lock(mutex_);
+    const at::Tensor input = input_.unpack();
+    // With grad mode on, as under create_graph, the gradients are differentiable ones.
+    const bool is_tracked = at::GradMode::is_enabled() || !is_plain(dy) || !is_plain(input);
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
+    if (!is_tracked) below_autograd.emplace();
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+
+    if (task_should_compute_output(kInput))
+      result[kInput] = input_gradient(dy, weight(is_tracked), input.sizes());
+    if (task_should_compute_output(kWeight)) {
+      const Demand demand = GradHooks::demand(next_edge(kWeight), hooks_.get());
+      const bool is_added = !is_tracked && demand == Demand::kMainGrad && add(dy, input);
+      if (!is_added && demand != Demand::kNothing) result[kWeight] = weight_gradient(dy, input);
+    }
+    if (task_should_compute_output(kBias)) {
+      // A float32 sum reaches the hook as it is; other readers get the bias's own dtype.
+      const bool is_ours = GradHooks::demand(next_edge(kBias), nullptr) == Demand::kMainGrad;
+      result[kBias] = is_ours && !is_tracked ? as_rows(dy).sum(0, false, at::kFloat)
+                                             : as_rows(dy).sum(0).to(bias_dtype_);
+    }
+    return result;
+  }
+
+ private:
+  static constexpr size_t kInput = 0, kWeight = 1, kBias = 2;
+
+  at::Tensor weight(bool is_tracked) const {
+    if (!cast_.defined()) return weight_.unpack();
+    if (!is_tracked) return cast_;
+    TORCH_CHECK(static_cast<int64_t>(fused_->weight_._version()) == version_,
+                "gradacc_kernels: a weight was modified in place between forward and a backward "
+                "with create_graph=True");
+    return fused_->weight_.to(cast_.scalar_type());
+  }
+
+  at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& weight,
+                            at::IntArrayRef sizes) const {
+    const at::Tensor matrix = fused_->matrix(weight, product_);
+    switch (product_.form) {
+      case FusedWeight::Form::kLinear:
+        return as_rows(dy).mm(matrix).view(sizes);
+      case FusedWeight::Form::kBatched:
+        return dy.bmm(matrix);
+      default:
+        return at::_grouped_mm(dy, matrix, product_.offsets);
+    }
+  }
+
+  // The two operands of the weight gradient, left ᵀ right, in the weight's own orientation.
+  std::pair<at::Tensor, at::Tensor> operands(const at::Tensor& dy, const at::Tensor& input) const {
+    const bool is_linear = product_.form == FusedWeight::Form::kLinear;
+    at::Tensor left = is_linear ? as_rows(dy) : dy, right = is_linear ? as_rows(input) : input;
+    if (fused_->is_transposed_) std::swap(left, right);
+    return {std::move(left), std::move(right)};
+  }
+
+  bool add(const at::Tensor& dy, const at::Tensor& input) const {
+    const auto [left, right] = operands(dy, input);
+    const Backend& backend = *find_backend(hooks_->device());
+    return hooks_->add(fused_->index_, [&, &left = left, &right = right](const MainGrad& target) {
+      if (!product_.expert)
+        return backend.weight_grad(target.main, left, right, product_.offsets, target.factor,
+                                   target.store, target.partials);
+      // The other experts' matrices take part in the window too.
+      if (target.store) target.main.zero_();
+      backend.weight_grad(target.main.select(0, *product_.expert), left, right, {}, target.factor,
+                          false, nullptr);
+      return false;
+    });
+  }
+
+  // In the weight's dtype, as stock autograd gives it.
+  at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& input) const {
+    const auto [left, right] = operands(dy, input);
+    at::Tensor grad;
+    switch (product_.form) {
+      case FusedWeight::Form::kLinear:
+        grad = left.t().mm(right);
+        break;
+      case FusedWeight::Form::kBatched:
+        grad = left.transpose(1, 2).bmm(right);
+        break;
+      default:
+        grad = at::_grouped_mm(left.t(), right, product_.offsets);
+    }
+    grad = grad.to(fused_->weight_.scalar_type());
+    if (!product_.expert) return grad;
+    return at::select_backward(grad, fused_->weight_.sizes(), 0, *product_.expert);
+  }
+
+  const std::shared_ptr<FusedWeight> fused_;
+  const std::shared_ptr<GradHooks> hooks_;
+  const FusedWeight::Product product_;
+  const at::ScalarType bias_dtype_;
+  autograd::SavedVariable input_;
+  autograd::SavedVariable weight_;
+  at::Tensor cast_;
+  int64_t version_ = -1;
+};
+
+FusedWeight::FusedWeight(const std::shared_ptr<GradHooks>& hooks, int64_t index, at::Tensor weight,
+                         bool is_transposed)
+    : hooks_(hooks), index_(index), weight_(std::move(weight)), is_transposed_(is_transposed) {
+  TORCH_CHECK_VALUE(weight_.dim() == 2 || weight_.dim() == 3,
+                    "attach: a fused weight must have 2 or 3 dimensions, got ",
+                    text(weight_.dim()));
+}
+
+at::Tensor FusedWeight::matrix(const at::Tensor& weight, const Product& product) const {
+  const at::Tensor matrix = product.expert ? weight.select(0, *product.expert) : weight;
+  return is_transposed_ ? matrix.transpose(-2, -1) : matrix;
+}
+
+at::Tensor FusedWeight::apply(const Product& product, const at::Tensor& input,
+                              const at::Tensor& matrix, const std::optional<at::Tensor>& bias) {
+  switch (product.form) {
+    case Form::kLinear: {
+      // The calls into which stock linear decomposes, for those who look at calls.
+      const at::Tensor rows = as_rows(input);
+      const at::Tensor output = bias ? at::addmm(*bias, rows, matrix.t()) : rows.mm(matrix.t());
+      if (input.dim() == 2) return output;
+      auto sizes = input.sizes().vec();
+      sizes.back() = matrix.size(0);
+      return output.view(sizes);
+    }
+    case Form::kBatched:
+      return input.bmm(matrix.transpose(1, 2));
+    default:
+      return at::_grouped_mm(input, matrix.transpose(1, 2), product.offsets);
+  }
+}
+
+std::optional<at::Tensor> FusedWeight::multiply(at::Tensor input, Product product,
+                                                const std::optional<at::Tensor>& bias) {
+  const auto hooks = hooks_.lock();
+  if (!hooks || !can_fuse(input, weight_)) return std::nullopt;
+  const auto device = weight_.device().type();
+  const bool is_autocast = at::autocast::is_autocast_enabled(device);
+  const auto dtype = is_autocast ? at::autocast::get_autocast_dtype(device) : weight_.scalar_type();
+  if (is_autocast) {
+    if (weight_.scalar_type() != dtype && weight_.scalar_type() != at::kFloat) return std::nullopt;
+    if (!input.is_floating_point() || input.scalar_type() == at::kDouble) return std::nullopt;
+    input = at::autocast::cached_cast(dtype, input, device);
+  }
+  if (input.scalar_type() != dtype) return std::nullopt;
+
+  at::Tensor cast, output;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    cast = hooks->cast(index_, dtype);
+  }
+  decltype(make_node<ProductBackward>(nullptr, nullptr, product, dtype)) node;
+  if (at::GradMode::is_enabled()) {
+    node = make_node<ProductBackward>(shared_from_this(), hooks, product,
+                                      bias ? bias->scalar_type() : dtype);
+    node->set_next_edges(autograd::collect_next_edges(input, weight_, bias ? *bias : at::Tensor()));
+    // Before the product: a checkpoint stops recomputing at the last tensor that is saved.
+    node->save(input, cast);
+  }
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    output = apply(product, input, matrix(cast, product),
+                   bias && is_autocast ? std::optional(bias->to(dtype)) : bias);
+  }
+  if (node) autograd::set_history(output, node);
+  return output;
+}
+
+std::optional<at::Tensor> FusedWeight::linear(const at::Tensor& input,
+                                              const std::optional<at::Tensor>& bias) {
+  const int64_t in_features = weight_.size(is_transposed_ ? 0 : 1);
+  if (weight_.dim() != 2 || input.dim() < 1 || input.size(-1) != in_features) return std::nullopt;
+  return multiply(input, {}, bias);
+}
+
+std::optional<at::Tensor> FusedWeight::expert(const at::Tensor& input, int64_t expert,
+                                              const std::optional<at::Tensor>& bias) {
+  const int64_t in_features = weight_.size(is_transposed_ ? -2 : -1);
+  if (weight_.dim() != 3 || input.dim() < 1 || input.size(-1) != in_features ||
+      expert < -weight_.size(0) || expert >= weight_.size(0))
+    return std::nullopt;
+  return multiply(input, {Form::kLinear, expert, std::nullopt}, bias);
+}
+
+std::optional<at::Tensor> FusedWeight::batched(const at::Tensor& input) {
+  const int64_t in_features = weight_.size(is_transposed_ ? -2 : -1);
+  if (weight_.dim() != 3 || input.dim() != 3 || input.size(0) != weight_.size(0) ||
+      input.size(2) != in_features)
+    return std::nullopt;
+  return multiply(input, {Form::kBatched, std::nullopt, std::nullopt}, std::nullopt);
+}
+
+std::optional<at::Tensor> FusedWeight::grouped(const at::Tensor& input, const at::Tensor& offsets) {
+  const int64_t in_features = weight_.size(is_transposed_ ? -2 : -1);
+  if (weight_.dim() != 3 || input.dim() != 2 || input.size(1) != in_features ||
+      offsets.scalar_type() != at::kInt || offsets.dim() != 1 ||
+      offsets.size(0) != weight_.size(0) || offsets.device() != weight_.device())
+    return std::nullopt;
+  return multiply(input, {Form::kGrouped, std::nullopt, offsets}, std::nullopt);
+}
+
+}  // namespace gradacc

@@ -1,0 +1,190 @@
+// A row-major [O, I] matrix is a column-major [I, O] one, so cuBLASLt computes mainᵀ = Xᵀ dY:
+//
+//   A = X,  [T, I] row-major: column-major I x T, as it is      m = I
+//   B = dY, [T, O] row-major: column-major O x T, transposed    n = O,  k = T
+//   C = D = main: column-major I x O                            in place, beta = 0 or 1
+
+#include "cublaslt.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <cublasLt.h>
+
+#include <array>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+
+namespace gradacc {
+namespace {
+
+constexpr size_t kWorkspaceBytes = 32 << 20;
+
+void check(cublasStatus_t status, const char* call) {
+  TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "gradacc_kernels: ", call,
+              " failed: ", cublasLtGetStatusString(status));
+}
+
+template <typename T, cublasStatus_t (*kDestroy)(T*)>
+struct Destroy {
+  void operator()(T* descriptor) const { kDestroy(descriptor); }
+};
+using Operation = std::unique_ptr<cublasLtMatmulDescOpaque_t,
+                                  Destroy<cublasLtMatmulDescOpaque_t, cublasLtMatmulDescDestroy>>;
+using Layout = std::unique_ptr<cublasLtMatrixLayoutOpaque_t,
+                               Destroy<cublasLtMatrixLayoutOpaque_t, cublasLtMatrixLayoutDestroy>>;
+using Preference =
+    std::unique_ptr<cublasLtMatmulPreferenceOpaque_t,
+                    Destroy<cublasLtMatmulPreferenceOpaque_t, cublasLtMatmulPreferenceDestroy>>;
+
+cudaDataType_t data_type(GradType type) {
+  switch (type) {
+    case GradType::kFloat16:
+      return CUDA_R_16F;
+    case GradType::kBFloat16:
+      return CUDA_R_16BF;
+    default:
+      return CUDA_R_32F;
+  }
+}
+
+Layout make_layout(cudaDataType_t type, int64_t rows, int64_t columns, int64_t stride,
+                   int64_t batch, int64_t batch_stride) {
+  cublasLtMatrixLayout_t layout;
+  check(cublasLtMatrixLayoutCreate(&layout, type, rows, columns, std::max(stride, rows)),
+        "cublasLtMatrixLayoutCreate");
+  Layout owned(layout);
+  const auto count = static_cast<int32_t>(batch);
+  cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
+                                   sizeof(count));
+  cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+                                   &batch_stride, sizeof(batch_stride));
+  return owned;
+}
+
+uint32_t alignment_of(const void* pointer) {
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  return static_cast<uint32_t>(std::min<uintptr_t>(address & -address, 256));
+}
+
+// What an algorithm depends on.
+using Key = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                       int32_t, bool, bool, bool, std::array<uint32_t, 3>>;
+using Algorithms = std::vector<cublasLtMatmulHeuristicResult_t>;
+
+struct Cache {
+  static constexpr size_t kMaxEntries = 4096;
+  std::mutex mutex;
+  std::map<Key, std::shared_ptr<const Algorithms>> entries;
+};
+
+Cache& cache() {
+  static Cache instance;
+  return instance;
+}
+
+struct Matmul {
+  Operation operation;
+  Layout input, grad_output, main;
+};
+
+Matmul describe(const WeightGrad& p, bool is_tf32_allowed, bool are_on_host) {
+  const auto type = data_type(p.type);
+  const bool is_tf32 = p.type == GradType::kFloat32 && is_tf32_allowed;
+  cublasLtMatmulDesc_t operation;
+  check(cublasLtMatmulDescCreate(
+            &operation, is_tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F),
+        "cublasLtMatmulDescCreate");
+  Matmul matmul{
+      Operation(operation),
+      make_layout(type, p.in_features, p.tokens, p.input_stride, p.batch, p.input_batch_stride),
+      make_layout(type, p.out_features, p.tokens, p.grad_output_stride, p.batch,
+                  p.grad_output_batch_stride),
+      make_layout(CUDA_R_32F, p.in_features, p.out_features, p.in_features, p.batch,
+                  p.out_features * p.in_features)};
+  const cublasOperation_t transpose = CUBLAS_OP_T;
+  const cublasLtPointerMode_t mode =
+      are_on_host ? CUBLASLT_POINTER_MODE_HOST : CUBLASLT_POINTER_MODE_DEVICE;
+  cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_TRANSB, &transpose,
+                                 sizeof(transpose));
+  cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_POINTER_MODE, &mode, sizeof(mode));
+  return matmul;
+}
+
+std::shared_ptr<const Algorithms> find_algorithms(const Matmul& matmul, const Key& key,
+                                                  const std::array<uint32_t, 3>& alignments) {
+  Cache& known = cache();
+  const std::lock_guard<std::mutex> lock(known.mutex);
+  const auto found = known.entries.find(key);
+  if (found != known.entries.end()) return found->second;
+
+  cublasLtMatmulPreference_t preference;
+  check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
+  const Preference owned(preference);
+  const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
+    check(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof(value)),
+          "cublasLtMatmulPreferenceSetAttribute");
+  };
+  set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kWorkspaceBytes);
+  // Partial sums of a split reduction stay in float32.
+  set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+      static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+  set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignments[0]);
+  set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignments[1]);
+  set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignments[2]);
+  set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignments[2]);
+  auto algorithms = std::make_shared<Algorithms>(kCublasLtAlgorithms);
+  int count = 0;
+  check(cublasLtMatmulAlgoGetHeuristic(
+            at::cuda::getCurrentCUDABlasLtHandle(), matmul.operation.get(), matmul.input.get(),
+            matmul.grad_output.get(), matmul.main.get(), matmul.main.get(), preference,
+            kCublasLtAlgorithms, algorithms->data(), &count),
+        "cublasLtMatmulAlgoGetHeuristic");
+  TORCH_CHECK(count > 0, "gradacc_kernels: cuBLASLt has no algorithm for this weight gradient");
+  algorithms->resize(count);
+  if (known.entries.size() >= Cache::kMaxEntries) known.entries.clear();
+  known.entries.emplace(key, algorithms);
+  return algorithms;
+}
+
+}  // namespace
+
+void cublaslt_weight_grad(const WeightGrad& p, const float* scalars, bool are_on_host,
+                          int algorithm, at::Device device) {
+  const bool is_tf32_allowed = at::globalContext().allowTF32CuBLAS();
+  const Matmul matmul = describe(p, is_tf32_allowed, are_on_host);
+  const std::array<uint32_t, 3> alignments{alignment_of(p.input), alignment_of(p.grad_output),
+                                           alignment_of(p.main)};
+  const Key key{device.index(),
+                p.batch,
+                p.out_features,
+                p.in_features,
+                p.tokens,
+                p.input_stride,
+                p.input_batch_stride,
+                p.grad_output_stride,
+                p.grad_output_batch_stride,
+                static_cast<int32_t>(p.type),
+                p.store,
+                is_tf32_allowed,
+                are_on_host,
+                alignments};
+  const auto algorithms = find_algorithms(matmul, key, alignments);
+  const auto rank = static_cast<size_t>(algorithm) < algorithms->size() ? algorithm : 0;
+  const auto& chosen = (*algorithms)[rank];
+  const auto workspace = at::empty({static_cast<int64_t>(chosen.workspaceSize)},
+                                   at::TensorOptions().dtype(at::kByte).device(device));
+  check(cublasLtMatmul(at::cuda::getCurrentCUDABlasLtHandle(), matmul.operation.get(), scalars,
+                       p.input, matmul.input.get(), p.grad_output, matmul.grad_output.get(),
+                       scalars + (p.store ? 1 : 2), p.main, matmul.main.get(), p.main,
+                       matmul.main.get(), &chosen.algo, workspace.mutable_data_ptr(),
+                       chosen.workspaceSize, at::cuda::getCurrentCUDAStream()),
+        "cublasLtMatmul");
+}
+
+}  // namespace gradacc

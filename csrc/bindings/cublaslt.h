@@ -1,0 +1,20 @@
+// Weight gradients by cuBLASLt, for every device, dtype and alignment.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "../kernels.h"
+
+namespace gradacc {
+
+// How many of cuBLASLt's algorithms for a shape are at choice, from the one that it ranks first on.
+constexpr int kCublasLtAlgorithms = 8;
+
+// main (+)= s * grad_outputᵀ input on the current stream, without statistics. scalars: {s, 0, 1},
+// in device memory or, where `are_on_host`, in the host's. `algorithm` is cuBLASLt's rank; the
+// first one where it has fewer.
+void cublaslt_weight_grad(const WeightGrad& problem, const float* scalars, bool are_on_host,
+                          int algorithm, at::Device device);
+
+}  // namespace gradacc

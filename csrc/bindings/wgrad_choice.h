@@ -1,0 +1,22 @@
+// Which kernel computes a weight gradient: by a rule on its shape, or by a table that the user has
+// measured (python -m gradacc_kernels tune) and that is read once. Nothing is timed here, so the
+// same shapes take the same kernels, and give the same bits, on each run.
+//
+// A choice is the number of a CUTLASS instance, or -1 - rank of a cuBLASLt algorithm.
+
+#pragma once
+
+#include <string>
+
+#include "../kernels.h"
+
+namespace gradacc {
+
+int choose_weight_grad(const WeightGrad& problem);
+// Overrides the rule for one shape: the name of a CUTLASS instance, or "cublaslt:<rank>".
+void set_weight_grad_choice(int64_t out_features, int64_t in_features, int64_t tokens, bool store,
+                            const std::string& name);
+// Overrides rule and table for all shapes, for benchmarks; "" ends that.
+void force_weight_grad_choice(const std::string& name);
+
+}  // namespace gradacc
