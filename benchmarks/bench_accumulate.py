@@ -14,7 +14,6 @@ fresh pages from malloc on every call, whose faults take most of the time; a sma
 from __future__ import annotations
 
 import argparse
-import gc
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from pathlib import Path
 import report
 import torch
 from environment import environment
-from timing import Timing, rotation, time_cpu, time_cuda, time_cuda_graph
+from timing import Timing, release, rotation, time_cpu, time_cuda, time_cuda_graph
 from torch import Tensor
 
 from gradacc_kernels import dispatch, ops
@@ -331,13 +330,6 @@ def run_case(
     return rows
 
 
-def release(device: torch.device) -> None:
-    """Frees the memory of the last case."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def log2_sizes(text: str) -> list[int]:
     """Parses --sizes."""
     return [int(size) for size in text.split(",")]
@@ -394,10 +386,10 @@ def main() -> None:
     for size in options.sizes:
         for dtype in (torch.bfloat16, torch.float16):
             rows += run_case(f"2^{size}", [(2**size,)], dtype, backends, device)
-            release(device)
+            release()
     for name in options.lists:
         rows += run_case(name, SHAPES[name], torch.bfloat16, backends, device)
-        release(device)
+        release()
     # The largest copy, since small ones are bound by their launch.
     copy = max((r for r in rows if r["name"] == COPY), key=lambda r: r["n"])
     report.add_share_of_copy(rows, copy["gb_per_s"])

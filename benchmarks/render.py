@@ -1,13 +1,20 @@
 """Writes what the benchmarks found into the documents: tables, and a picture.
 
-    python benchmarks/render.py            rewrite the blocks in README.md and docs/*.md, and
-                                           docs/accumulate.png
+    python benchmarks/render.py            rewrite the blocks in README.md and docs/*.md, and the
+                                           pictures docs/accumulate.png and docs/training.png
     python benchmarks/render.py --check    write nothing; exit 1 when something would change
 
 A block stands between ``<!-- generated: NAME -->`` and ``<!-- end generated -->``. NAME is
 
     accumulate DEVICE         one compact table of benchmarks/results/accumulate_DEVICE.json
     accumulate DEVICE full    every row of it
+    training DEVICE           GPU time of a micro-batch: training_DEVICE.json
+    training DEVICE full      with windows of 16-bit parameters too
+    accuracy DEVICE           the gradients' errors: training_DEVICE.json
+    eager DEVICE              wall-clock time and peak memory: eager_DEVICE.json
+    wgrad DEVICE              weight-gradient GEMMs at three lengths: wgrad_DEVICE.json
+    wgrad DEVICE full         at all lengths, with statistics slots and Triton's kernel
+    embedding DEVICE          the embedding's part of wgrad_DEVICE.json
 """
 
 from __future__ import annotations
@@ -18,13 +25,13 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PICTURE = ROOT / "docs" / "accumulate.png"
+COMPACT_TOKENS = (256, 1024, 4096)
 BLOCK = re.compile(r"(<!-- generated: (.*?) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
 
 
@@ -149,13 +156,249 @@ def is_bf16_tensor(case: Sequence[dict]) -> bool:
 
 def accumulate_block(device: str, *options: str) -> str:
     """Returns the block ``accumulate DEVICE [full]``."""
-    if options not in ((), ("full",)):
-        raise RenderError(f"accumulate DEVICE may be followed by full, got {' '.join(options)}")
+    is_full = only_option(options, "accumulate")
     results = load(f"accumulate_{device}")
-    return markdown_table(cases_of(results) if options else compact(results), results)
+    return markdown_table(cases_of(results) if is_full else compact(results), results)
 
 
-BLOCKS = {"accumulate": accumulate_block}
+def bold(cells: Sequence[str]) -> list[str]:
+    """Returns cells in bold, empty ones as they are."""
+    return [f"**{cell}**" if cell else "" for cell in cells]
+
+
+def escape(text: str) -> str:
+    """Returns text that Markdown shows as it is."""
+    return text.replace("_", r"\_").replace("*", r"\*")
+
+
+def table(columns: Sequence[str], lines: Sequence[Sequence[str]], results: dict) -> str:
+    """Returns a table of lines of cells, and under it what it was measured with."""
+    head = [table_line(columns), "|---|" + "--:|" * (len(columns) - 1)]
+    body = [table_line(line) for line in lines]
+    return "\n".join(head + body) + f"\n\n{provenance(results['environment'])}\n"
+
+
+def quotient(one: dict | None, other: dict | None, quantity: str = "p50_us") -> str:
+    """Returns how many times one row's quantity is another's, or nothing where either lacks."""
+    if one is None or other is None or not one[quantity] or not other[quantity]:
+        return ""
+    return f"{one[quantity] / other[quantity]:.2f}"
+
+
+def time_of(result: dict | None) -> str:
+    """Returns a row's median time."""
+    return "" if result is None else duration(result["p50_us"])
+
+
+def only_option(options: Sequence[str], block: str) -> bool:
+    """Tells whether the option full was given; refuses others."""
+    if options not in ((), ("full",)):
+        raise RenderError(f"{block} DEVICE may be followed by full, got {' '.join(options)}")
+    return bool(options)
+
+
+TRAINING_CASES = {
+    ("bf16", 1): "bfloat16 parameters, a micro-batch that adds",
+    ("bf16", 8): "bfloat16 parameters, a window of 8 from zero\\_grad on, divided by 8",
+    ("autocast", 8): "float32 parameters under autocast, a window of 8 from zero\\_grad on, "
+    "divided by 8",
+}
+
+
+def training_case(results: dict, family: str, window: int) -> dict[str, dict[int, dict]]:
+    """Returns the rows of a case by role, or by name for peers, and by tokens."""
+    found: dict[str, dict[int, dict]] = {}
+    for result in sorted(results["rows"], key=in_order):
+        if (result["family"], result["window"]) == (family, window):
+            key = result["name"] if result["role"] == "peer" else result["role"]
+            found.setdefault(key, {})[result["tokens"]] = result
+    return found
+
+
+def training_lines(case: dict[str, dict[int, dict]], lengths: Sequence[int]) -> list[list[str]]:
+    """Returns the lines of a case: one a way, then ratios."""
+    lines = []
+    for key, by_length in case.items():
+        name = escape(next(iter(by_length.values()))["name"])
+        line = [name, *(time_of(by_length.get(t)) for t in lengths)]
+        lines.append(bold(line) if key == "ours" else line)
+    ours = case.get("ours", {})
+    for role, title in (("stock", "attach / PyTorch"), ("floor", "attach / thrown away")):
+        other = case.get(role, {})
+        ratios = [quotient(ours.get(t), other.get(t)) for t in lengths]
+        if any(ratios):
+            lines.append([title, *ratios])
+    return lines
+
+
+def training_block(device: str, *options: str) -> str:
+    """Returns the block ``training DEVICE [full]``."""
+    is_full = only_option(options, "training")
+    results = load(f"training_{device}")
+    lengths = sorted({r["tokens"] for r in results["rows"]})
+    lines = []
+    for (family, window), title in TRAINING_CASES.items():
+        case = training_case(results, family, window)
+        if case and (is_full or (family, window) != ("bf16", 8)):
+            lines.append([f"*{title}*", *len(lengths) * [""]])
+            lines += training_lines(case, lengths)
+    return table(["GPU time of a micro-batch", *(f"T={t}" for t in lengths)], lines, results)
+
+
+def accuracy_block(device: str) -> str:
+    """Returns the block ``accuracy DEVICE``."""
+    results = load(f"training_{device}")
+    lines = []
+    for family, title in (
+        ("bf16", "bfloat16 parameters"),
+        ("autocast", "float32 parameters under autocast"),
+    ):
+        rows = [r for r in results["accuracy"] if r["family"] == family]
+        lines += [[f"*{title}*", ""]] if rows else []
+        for r in sorted(rows, key=in_order):
+            line = [escape(r["name"]), f"{r['error']:.3e}"]
+            lines.append(bold(line) if r["role"] == "ours" else line)
+    columns = ["two layers, a window of 8", "relative L2 error of the gradient against float64"]
+    return table(columns, lines, results)
+
+
+def in_order(result: dict) -> int:
+    """Returns a row's place in a table: floor, PyTorch, peers, ours."""
+    return ["floor", "stock", "peer", "hook", "ours"].index(result["role"])
+
+
+def eager_block(device: str) -> str:
+    """Returns the block ``eager DEVICE``."""
+    results = load(f"eager_{device}")
+    cases: dict[tuple, dict[str, dict]] = {}
+    for r in results["rows"]:
+        cases.setdefault((r["model"], r["family"], r["tokens"]), {})[r["role"]] = r
+
+    def gigabytes(result: dict | None) -> str:
+        return f"{result['peak_bytes'] / 1e9:.2f}" if result and result["peak_bytes"] else ""
+
+    lines = []
+    for (model, family, tokens), case in cases.items():
+        stock, hook, ours = (case.get(role) for role in ("stock", "hook", "ours"))
+        lines.append(
+            [
+                f"{model}, {family}, {tokens} tokens",
+                *(time_of(result) for result in (stock, hook, ours)),
+                *bold([quotient(ours, stock)]),
+                "" if ours is None else f"{ours['host_us'] / ours['p50_us']:.0%}",
+                gigabytes(stock),
+                gigabytes(ours),
+                *bold([quotient(ours, stock, "peak_bytes")]),
+            ]
+        )
+    columns = ["wall clock of a micro-batch", "PyTorch", "fuse=False", "attach"]
+    columns += ["attach / PyTorch", "host", "peak GB, PyTorch", "attach", "attach / PyTorch"]
+    return table(columns, lines, results)
+
+
+def wgrad_cases(results: dict, is_embedding: bool) -> list[list[dict]]:
+    """Returns the rows of each case, length and dtype of the GEMMs, or of the embedding."""
+    cases: dict[tuple, list[dict]] = {}
+    for r in results["rows"]:
+        if r["case"].startswith("embedding") == is_embedding:
+            cases.setdefault((r["case"], r["tokens"], r["dtype"]), []).append(r)
+    return list(cases.values())
+
+
+def picker(case: Sequence[dict], results: dict) -> Callable[..., dict | None]:
+    """Returns a function that finds a row of a case, of the default backend unless told."""
+    by_way = {(r["name"], r["backend"], r["kind"], r["partials"]): r for r in case}
+    default = results["environment"]["backend"]
+
+    def pick(name: str, kind: str, partials: bool = False, backend: str = default) -> dict | None:
+        return by_way.get((name, backend, kind, partials))
+
+    return pick
+
+
+def over_floor(result: dict | None) -> str:
+    """Returns a row's time over its floor."""
+    return "" if result is None else f"{result['over_floor']:.2f}"
+
+
+def case_name(case: Sequence[dict]) -> str:
+    """Returns what stands before a line of GEMMs or embeddings."""
+    first = case[0]
+    dtype = "" if first["dtype"] == "bf16" else f", {first['dtype']}"
+    return f"{first['case'].removeprefix('embedding ')}, T={first['tokens']}{dtype}"
+
+
+def wgrad_block(device: str, *options: str) -> str:
+    """Returns the block ``wgrad DEVICE [full]``."""
+    is_full = only_option(options, "wgrad")
+    results = load(f"wgrad_{device}")
+    name = "wgrad_accumulate_"
+    columns = ["main gradient", "add", "/ floor", "addmm", "addmm / add", "store", "/ floor"]
+    columns += ["mm, 16-bit out", "store / mm"]
+    if is_full:
+        columns += ["add + slots", "store + slots", "add, triton", "store, triton", "mm, fp32 out"]
+        columns += ["mm + accumulate\\_"]
+    lines = []
+    for case in wgrad_cases(results, is_embedding=False):
+        if not is_full and (case[0]["tokens"] not in COMPACT_TOKENS or case[0]["dtype"] != "bf16"):
+            continue
+        pick = picker(case, results)
+        add, store = pick(name, "add"), pick(name, "store")
+        addmm = pick("addmm, beta=1", "add", backend="torch")
+        mm = pick("mm, 16-bit out", "16-bit", backend="torch")
+        line = [case_name(case), time_of(add), over_floor(add), time_of(addmm)]
+        line += [*bold([quotient(addmm, add)]), time_of(store), over_floor(store)]
+        line += [time_of(mm), *bold([quotient(store, mm)])]
+        if is_full:
+            others = [
+                pick(name, "add", True),
+                pick(name, "store", True),
+                pick(name, "add", backend="triton"),
+                pick(name, "store", backend="triton"),
+                pick("mm, fp32 out", "store", backend="torch"),
+                pick("mm, 16-bit out + accumulate_", "add", True),
+            ]
+            line += map(time_of, others)
+        lines.append(line)
+    return table(columns, lines, results) + rates_of(results)
+
+
+def embedding_block(device: str) -> str:
+    """Returns the block ``embedding DEVICE``."""
+    results = load(f"wgrad_{device}")
+    name = "embedding_accumulate_"
+    columns = ["main gradient", "add", "/ floor", "dense backward, add\\_", "dense / add"]
+    columns += ["index\\_add\\_", "index\\_add\\_ / add", "add + slots", "add, triton", "store"]
+    lines = []
+    for case in wgrad_cases(results, is_embedding=True):
+        pick = picker(case, results)
+        add = pick(name, "add")
+        dense = pick("dense backward + main.add_", "add", backend="torch")
+        index_add = pick("index_add_", "add", backend="torch")
+        line = [case_name(case), time_of(add), over_floor(add), time_of(dense)]
+        line += [*bold([quotient(dense, add)]), time_of(index_add), quotient(index_add, add)]
+        others = pick(name, "add", True), pick(name, "add", backend="triton"), pick(name, "store")
+        lines.append([*line, *map(time_of, others)])
+    return table(columns, lines, results) + rates_of(results)
+
+
+def rates_of(results: dict) -> str:
+    """Returns the sentence that says where the floors come from."""
+    rates = results["rates"]
+    return (
+        f"Floors: the larger of arithmetic at {rates['matmul_tflops']:.0f} TFLOP/s, the fastest "
+        f"matmul of the run, and bytes at {rates['copy_gb_per_s']:.0f} GB/s, a copy.\n"
+    )
+
+
+BLOCKS = {
+    "accumulate": accumulate_block,
+    "training": training_block,
+    "accuracy": accuracy_block,
+    "eager": eager_block,
+    "wgrad": wgrad_block,
+    "embedding": embedding_block,
+}
 
 
 def render_document(path: Path) -> str:
@@ -167,6 +410,9 @@ def render_document(path: Path) -> str:
         kind, *arguments = name.split() or [""]
         if kind not in BLOCKS or not arguments:
             raise RenderError(f"{path.name}: no generated block is called {name!r}")
+        expected = inspect.signature(BLOCKS[kind]).parameters
+        if len(arguments) > len(expected) and "options" not in expected:
+            raise RenderError(f"{path.name}: block {name!r}: {kind} takes no option")
         try:
             return begin + BLOCKS[kind](*arguments) + end
         except RenderError as error:
@@ -178,8 +424,8 @@ def render_document(path: Path) -> str:
     return rewritten
 
 
-def picture_data() -> dict | None:
-    """Returns what the picture shows: the largest bf16 tensor of all results files."""
+def accumulate_data() -> dict | None:
+    """Returns what docs/accumulate.png shows: the largest bf16 tensor of all results files."""
     found = []
     for path in sorted(RESULTS.glob("accumulate_*.json")):
         results = json.loads(path.read_text())
@@ -199,11 +445,8 @@ def picture_data() -> dict | None:
     }
 
 
-def draw(data: dict, metadata: dict) -> None:
+def draw_accumulate(data: dict):
     """Draws the time of each way as a bar, and the floor as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     names, times, are_ours = zip(*data["bars"], strict=True)
@@ -225,26 +468,107 @@ def draw(data: dict, metadata: dict) -> None:
     axes.set_title(data["title"], loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, dpi=150, metadata=metadata)
-    pyplot.close(figure)
+    return figure
 
 
-def render_picture(is_check: bool) -> bool:
-    """Redraws the picture where its data or the way it is drawn changed; returns whether it was.
+def training_data() -> dict | None:
+    """Returns what docs/training.png shows: times of each way over PyTorch's, by tokens."""
+    files = sorted(RESULTS.glob("training_*.json"))
+    results = next((r for r in map(json.loads, (f.read_text() for f in files)) if is_gpu(r)), None)
+    if results is None:
+        return None
+    panels = []
+    for family, window, title in (
+        ("bf16", 1, "bfloat16 parameters"),
+        ("autocast", 8, "float32 parameters under autocast"),
+    ):
+        case = training_case(results, family, window)
+        stock = case.get("stock", {})
+        curves = []
+        for key, by_length in case.items():
+            if (family, key) == ("autocast", "floor"):
+                continue  # no floor for a way that casts weights less often
+            name = next(iter(by_length.values()))["name"]
+            points = [
+                [t, by_length[t]["p50_us"] / stock[t]["p50_us"]] for t in by_length if t in stock
+            ]
+            curves.append([key, name, points])
+        panels.append([title, curves])
+    device = results["environment"]["device"]
+    return {"title": f"GPU time of a micro-batch of a 1.5B Llama, {device}", "panels": panels}
+
+
+def is_gpu(results: dict) -> bool:
+    """Tells whether results were measured on a GPU."""
+    return results["environment"]["driver"] is not None
+
+
+def draw_training(data: dict):
+    """Draws time over PyTorch's against tokens, a panel for each dtype of the parameters."""
+    from matplotlib import pyplot
+
+    colors = {"ours": "#1f6fb4", "hook": "#7fb2dd", "stock": "black", "floor": "#7a7f85"}
+    peers = ["#c98b2b", "#b0493a", "#6d8f3c"]
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    for axes, (title, curves) in zip(panels, data["panels"], strict=True):
+        others = iter(peers)
+        for key, name, points in curves:
+            if not points:
+                continue
+            lengths, ratios = zip(*points, strict=True)
+            axes.plot(
+                lengths,
+                ratios,
+                label=name,
+                color=colors.get(key) or next(others),
+                linewidth=2.5 if key == "ours" else 1.3,
+                linestyle="--" if key == "floor" else "-",
+                marker="o" if key != "stock" else None,
+                markersize=4,
+            )
+        axes.set_xscale("log", base=2)
+        ticks = sorted({t for _, _, points in curves for t, _ in points})
+        axes.set_xticks(ticks, [str(t) for t in ticks])
+        axes.set_xlabel("tokens in a micro-batch")
+        axes.set_title(title, loc="left", fontsize="medium")
+        axes.grid(axis="y", linewidth=0.5, alpha=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize="small")
+    panels[0].set_ylabel("time / PyTorch's")
+    figure.suptitle(data["title"], x=0.01, ha="left")
+    return figure
+
+
+PICTURES = {
+    "accumulate.png": (accumulate_data, draw_accumulate),
+    "training.png": (training_data, draw_training),
+}
+
+
+def render_picture(name: str, is_check: bool) -> Path | None:
+    """Redraws a picture where its data or the way it is drawn changed; returns it if it was.
 
     The file carries a digest of both, since other versions of matplotlib give other pixels.
     """
-    data = picture_data()
+    collect, draw = PICTURES[name]
+    path, data = ROOT / "docs" / name, collect()
     if data is None:
-        return False
+        return None
     drawn_from = json.dumps(data) + inspect.getsource(draw)
     digest = f"sha256 {hashlib.sha256(drawn_from.encode()).hexdigest()}"
-    if PICTURE.is_file() and digest.encode() in PICTURE.read_bytes():
-        return False
+    if path.is_file() and digest.encode() in path.read_bytes():
+        return None
     if not is_check:
-        draw(data, {"Source": digest})
-    return True
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        path.parent.mkdir(exist_ok=True)
+        figure = draw(data)
+        figure.savefig(path, dpi=150, metadata={"Source": digest})
+        pyplot.close(figure)
+    return path
 
 
 def render(is_check: bool) -> list[Path]:
@@ -255,7 +579,8 @@ def render(is_check: bool) -> list[Path]:
     if not is_check:
         for path in changed:
             path.write_text(rendered[path])
-    return changed + ([PICTURE] if render_picture(is_check) else [])
+    drawn = (render_picture(name, is_check) for name in PICTURES)
+    return changed + [path for path in drawn if path is not None]
 
 
 def main() -> None:

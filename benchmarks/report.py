@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from timing import Timing
 
 T = TypeVar("T")
+
+_start = time.perf_counter()
 
 
 def tracked(items: Sequence[T], description: str) -> Iterator[T]:
@@ -29,16 +34,48 @@ def tracked(items: Sequence[T], description: str) -> Iterator[T]:
     yield from items
 
 
-def row(timing: Timing, *, bytes: int, **labels) -> dict:
-    """Returns one result: its labels, the declared bytes of one call, times and GB/s."""
+def say(text: str) -> None:
+    """Prints a line of progress, with the seconds since the start."""
+    print(f"[{time.perf_counter() - _start:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def survived(what: str, failures: list[str]) -> Iterator[None]:
+    """Lets a run go on when one measurement of it fails; notes it, and prints the traceback.
+
+    A way that is wrong or runs out of memory has no row; the run exits with an error at its end.
+    """
+    try:
+        yield
+    except Exception as error:
+        failures.append(f"{what}: {type(error).__name__}: {error}")
+        traceback.print_exc()
+        sys.stderr.flush()
+
+
+def end(failures: Sequence[str]) -> None:
+    """Exits with an error that lists the measurements that failed, if any did."""
+    if failures:
+        sys.exit("\n".join(["failed:", *failures]))
+
+
+def times(timing: Timing) -> dict:
+    """Returns the part of a row that a timing gives."""
     return {
-        **labels,
-        "bytes": bytes,
         "timer": timing.timer,
         "p20_us": round(timing.p20, 3),
         "p50_us": round(timing.p50, 3),
         "p80_us": round(timing.p80, 3),
         "host_us": None if timing.host is None else round(timing.host, 3),
+    }
+
+
+def row(timing: Timing, *, bytes: int, **labels) -> dict:
+    """Returns one result: its labels, the declared bytes of one call, times and GB/s."""
+    return {
+        **labels,
+        "bytes": bytes,
+        **times(timing),
         "gb_per_s": round(bytes / timing.p50 / 1e3, 2),
     }
 
@@ -49,15 +86,27 @@ def add_share_of_copy(rows: Sequence[dict], copy_gb_per_s: float) -> None:
         result["share_of_copy"] = round(result["gb_per_s"] / copy_gb_per_s, 4)
 
 
-def save(path: Path, environment: dict, rows: Sequence[dict]) -> None:
-    """Writes a results file: the environment, and one line a row."""
-    lines = ",\n".join(f"    {json.dumps(result)}" for result in rows)
-    head = json.dumps(environment, indent=2).replace("\n", "\n  ")
+def save(path: Path, environment: dict, rows: Sequence[dict], **more) -> None:
+    """Writes a results file: the environment, more entries if given, and one line a row."""
+
+    def indented(value) -> str:
+        return json.dumps(value, indent=2).replace("\n", "\n  ")
+
+    def lines(rows: Sequence[dict]) -> str:
+        return "[\n" + ",\n".join(f"    {json.dumps(result)}" for result in rows) + "\n  ]"
+
+    entries = {"environment": indented(environment)}
+    for name, value in more.items():
+        entries[name] = lines(value) if isinstance(value, list) else indented(value)
+    entries["rows"] = lines(rows)
+    text = ",\n".join(f'  "{name}": {value}' for name, value in entries.items())
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{\n  "environment": {head},\n  "rows": [\n{lines}\n  ]\n}}\n')
+    path.write_text(f"{{\n{text}\n}}\n")
 
 
-_COLUMNS = {
+Columns = Mapping[str, Callable[[dict], str]]
+
+BANDWIDTH_COLUMNS: Columns = {
     "case": lambda r: r["case"],
     "dtype": lambda r: r["dtype"],
     "what": lambda r: r["name"],
@@ -72,15 +121,14 @@ _COLUMNS = {
 }
 
 
-def table(rows: Sequence[dict]) -> str:
-    """Returns an aligned text table: text on the left, numbers on the right."""
-    cells = [list(_COLUMNS), *([text(result) for text in _COLUMNS.values()] for result in rows)]
+def table(rows: Sequence[dict], columns: Columns = BANDWIDTH_COLUMNS, *, n_text: int = 5) -> str:
+    """Returns an aligned text table: the first ``n_text`` columns on the left, numbers right."""
+    cells = [list(columns), *([text(result) for text in columns.values()] for result in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    first_number = list(_COLUMNS).index("p20 us")
     lines = []
     for line in cells:
         padded = (
-            cell.ljust(width) if i < first_number else cell.rjust(width)
+            cell.ljust(width) if i < n_text else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         lines.append("  ".join(padded).rstrip())

@@ -7,6 +7,8 @@ again.
 
 from __future__ import annotations
 
+import functools
+import gc
 import itertools
 import statistics
 import time
@@ -27,11 +29,11 @@ class Timing:
 
     Attributes:
         timer: "events" or "graph" for GPU time, with ", host-bound" where the host was too slow
-            to keep launch cost out of it; "wall" for the CPU.
+            to keep launch cost out of it; "wall" for what a clock on the wall shows.
         p20: microseconds, as p50 and p80.
         p50: median.
         p80: see p20.
-        host: median of what the host spends to launch one call; None on the CPU.
+        host: median of what the host spends to launch one call; None where that is all.
     """
 
     timer: str
@@ -39,6 +41,14 @@ class Timing:
     p50: float
     p80: float
     host: float | None = None
+
+
+def release() -> None:
+    """Frees the memory of what was measured last, once nothing refers to it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -103,18 +113,61 @@ def time_cuda(calls: Calls, *, calls_per_event: int = 1, repetitions: int = 25) 
     return _time_on_gpu("events", issue, calls_per_event, repetitions)
 
 
-def time_cuda_graph(calls: Calls, *, repetitions: int = 25) -> Timing:
-    """Returns the GPU time of one call, from replays of a CUDA graph that holds all calls once."""
-    stream = torch.cuda.Stream()
+@functools.cache
+def _capture_stream() -> torch.cuda.Stream:
+    """Returns the one stream of all captures: cuBLAS keeps a workspace for each."""
+    return torch.cuda.Stream()
+
+
+def capture(
+    step: Callable[[], object], warm_up: Callable[[], object] | None = None
+) -> torch.cuda.CUDAGraph:
+    """Returns a CUDA graph of ``step``, captured on a stream that is not the current one.
+
+    Args:
+        step: waits for nothing on the device, and works on the same memory each time.
+        warm_up: runs once before, on the same stream, so that workspaces and autograd's nodes
+            are of that stream; None for ``step`` itself.
+    """
+    stream = _capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls:
-            call()
+        (warm_up or step)()
     torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return graph
+
+
+def time_replays(
+    graph: torch.cuda.CUDAGraph,
+    *,
+    calls: int = 1,
+    seconds: float = 0.8,
+    min_repetitions: int = 7,
+    max_repetitions: int = 25,
+) -> Timing:
+    """Returns the GPU time of one of the ``calls`` in a graph; samples for about ``seconds``."""
+    graph.replay()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    graph.replay()
+    torch.cuda.synchronize()
+    once = time.perf_counter() - begin
+    repetitions = max(min_repetitions, min(max_repetitions, int(seconds / once)))
+    return _time_on_gpu("graph", graph.replay, calls, repetitions)
+
+
+def time_cuda_graph(calls: Calls, *, repetitions: int = 25) -> Timing:
+    """Returns the GPU time of one call, from replays of a CUDA graph that holds all calls once."""
+
+    def all_calls():
         for call in calls:
             call()
+
+    graph = capture(all_calls)
     graph.replay()
     return _time_on_gpu("graph", graph.replay, len(calls), repetitions)
 
@@ -137,3 +190,37 @@ def time_cpu(
         if now > end and len(samples) >= min_repetitions:
             break
     return Timing("wall", *quantiles(samples))
+
+
+def sample_wall(
+    call: Callable[[], object],
+    *,
+    seconds: float,
+    min_repetitions: int = 7,
+    max_repetitions: int = 200,
+) -> list[tuple[float, float]]:
+    """Returns (wall, host) microseconds of single calls; samples for about ``seconds``.
+
+    The wall time ends when the device has finished, the host's part when the call returns: where
+    the two are close, the device waited for the host.
+    """
+    is_cuda = torch.cuda.is_available()
+    samples: list[tuple[float, float]] = []
+    end = time.perf_counter() + seconds
+    while len(samples) < min_repetitions or (
+        len(samples) < max_repetitions and time.perf_counter() < end
+    ):
+        begin = time.perf_counter()
+        call()
+        returned = time.perf_counter()
+        if is_cuda:
+            torch.cuda.synchronize()
+        done = time.perf_counter()
+        samples.append(((done - begin) * 1e6, (returned - begin) * 1e6))
+    return samples
+
+
+def wall_timing(samples: Sequence[tuple[float, float]], calls: int = 1) -> Timing:
+    """Returns the timing of one of the ``calls`` in each of the samples of sample_wall."""
+    wall, host = ([value / calls for value in column] for column in zip(*samples, strict=True))
+    return Timing("wall", *quantiles(wall), statistics.median(host))

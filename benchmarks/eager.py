@@ -1,0 +1,334 @@
+"""The eager part of bench_training.py: loops as users write them, without CUDA graphs.
+
+A window is zero_grad and 4 micro-batches of forward and backward. Wall-clock time, which is the
+host's where models or batches are small, and the peak of allocated memory. The models have random
+weights and are built from configurations alone; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import llama
+import report
+import torch
+from environment import environment
+from gradient_ways import Stock, Way, ours
+from timing import release, sample_wall, wall_timing
+from torch import Tensor, nn
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+WINDOW = 4
+TOKENS = {"cuda": [512, 2048], "cpu": [32]}
+QUICK_MODELS = ["llama-1.5b", "gpt2", "qwen3-0.6b"]
+SAMPLES = 1 << 20  # elements of the gradient that are compared
+TOLERANCE = 0.02  # relative L2 distance of two windows' gradients, in 16-bit arithmetic
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and its data.
+
+    Attributes:
+        build: (dtype, device) -> the model.
+        batch: (tokens, dtype, device) -> arguments of a micro-batch of about that many tokens, and
+            how many they are.
+        loss: (model, arguments) -> its loss.
+    """
+
+    build: Callable[[torch.dtype, torch.device], nn.Module]
+    batch: Callable[[int, torch.dtype, torch.device], tuple[dict[str, Tensor], int]]
+    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor]
+
+
+def own_llama(is_toy: bool) -> Model:
+    """Returns the model of bench_training.py."""
+    toy = llama.Shape(256, width=64, layers=2, heads=4, kv_heads=2, mlp=128, positions=64)
+    shape = toy if is_toy else llama.Shape()
+
+    def batch(n_tokens, dtype, device):
+        text = torch.randint(shape.vocabulary, (1, n_tokens + 1), device=device)
+        return {"tokens": text[:, :-1].contiguous(), "targets": text[:, 1:].contiguous()}, n_tokens
+
+    return Model(
+        build=lambda dtype, device: llama.build(shape, dtype, device),
+        batch=batch,
+        loss=lambda model, arguments: model(**arguments),
+    )
+
+
+def language_model(config_name: str, longest: int, **sizes) -> Model:
+    """Returns a causal language model of transformers."""
+
+    def build(dtype, device):
+        import transformers
+
+        config = getattr(transformers, config_name)(**sizes)
+        with device:
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, attn_implementation="sdpa", dtype=dtype
+            )
+        return model.train()
+
+    def batch(n_tokens, dtype, device):
+        length = min(n_tokens, longest)
+        tokens = torch.randint(sizes["vocab_size"], (n_tokens // length, length), device=device)
+        return {"input_ids": tokens, "labels": tokens}, tokens.numel()
+
+    def loss(model, arguments):
+        return model(**arguments, use_cache=False).loss
+
+    return Model(build, batch, loss)
+
+
+def vision_model(**sizes) -> Model:
+    """Returns an image classifier of transformers."""
+    tokens_per_image = (sizes["image_size"] // sizes["patch_size"]) ** 2 + 1
+
+    def build(dtype, device):
+        import transformers
+
+        config = transformers.ViTConfig(**sizes, num_labels=1000)
+        with device:
+            model = transformers.AutoModelForImageClassification.from_config(
+                config, attn_implementation="sdpa", dtype=dtype
+            )
+        return model.train()
+
+    def batch(n_tokens, dtype, device):
+        count = max(1, round(n_tokens / tokens_per_image))
+        shape = count, 3, sizes["image_size"], sizes["image_size"]
+        images = torch.randn(shape, device=device).to(dtype)
+        labels = torch.randint(1000, (count,), device=device)
+        return {"pixel_values": images, "labels": labels}, count * tokens_per_image
+
+    return Model(build, batch, lambda model, arguments: model(**arguments).loss)
+
+
+def models(is_toy: bool) -> dict[str, Model]:
+    """Returns the models, or ones of the same kinds that a CPU runs at once."""
+    llama_1b = {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    }
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    gpt2 = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
+    gpt2_medium = {**gpt2, "n_embd": 1024, "n_layer": 24, "n_head": 16}
+    qwen = {
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    }
+    vit = {
+        "image_size": 224,
+        "patch_size": 16,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }
+    if is_toy:
+        small = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+        small |= {"intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+        llama_1b, qwen = llama_1b | small, qwen | small
+        gpt2 = {"vocab_size": 256, "n_positions": 16, "n_embd": 64, "n_layer": 2, "n_head": 4}
+        gpt2_medium = gpt2
+        vit = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "intermediate_size": 128}
+        vit |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    return {
+        "llama-1.5b": own_llama(is_toy),
+        "llama-3.2-1b": language_model("LlamaConfig", 8192, **llama_1b),
+        "gpt2": language_model("GPT2Config", gpt2["n_positions"], **gpt2, **no_dropout),
+        "gpt2-medium": language_model(
+            "GPT2Config", gpt2["n_positions"], **gpt2_medium, **no_dropout
+        ),
+        "qwen3-0.6b": language_model("Qwen3Config", 8192, **qwen),
+        "vit-large": vision_model(**vit),
+    }
+
+
+MODELS = tuple(models(is_toy=True))
+
+
+class Loop:
+    """A window's worth of a user's training loop, without the optimizer."""
+
+    def __init__(self, model: Model, module: nn.Module, sums: Stock, way: Way, device):
+        self.model, self.module, self.sums, self.way, self.device = (
+            model,
+            module,
+            sums,
+            way,
+            device,
+        )
+
+    def set_tokens(self, n_tokens: int) -> int:
+        """Makes the data of micro-batches; returns how many tokens one has."""
+        torch.manual_seed(1)
+        made = [self.model.batch(n_tokens, self.way.dtype, self.device) for _ in range(WINDOW)]
+        self.batches = [arguments for arguments, _ in made]
+        return made[0][1]
+
+    def window(self) -> None:
+        """Runs it."""
+        self.sums.zero()
+        for arguments in self.batches:
+            with self.way.autocast(self.device):
+                loss = self.model.loss(self.module, arguments)
+            loss.backward()
+
+    def sample(self) -> Tensor:
+        """Returns every so many-th element of the gradient."""
+        step = max(1, sum(param.numel() for param in self.sums.params) // SAMPLES)
+        grads = [grad for grad in self.sums.grads() if grad is not None]
+        return torch.cat([grad.flatten()[::step].double() for grad in grads]).cpu()
+
+
+def measure(
+    loop: Loop, seconds: float, device: torch.device
+) -> tuple[list[tuple[float, float]], dict]:
+    """Returns samples of a window, and its memory."""
+    memory = {"peak_bytes": None, "between_bytes": None}
+    if device.type == "cuda":
+        loop.sums.zero()
+        torch.cuda.synchronize()
+        memory["between_bytes"] = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    gc.collect()
+    is_toy = device.type == "cpu"
+    samples = sample_wall(loop.window, seconds=seconds, min_repetitions=2 if is_toy else 5)
+    if device.type == "cuda":
+        memory["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return samples, memory
+
+
+def compare(sample: Tensor, stock: Tensor) -> None:
+    """Raises RuntimeError where the gradients of two ways are not the same but for rounding."""
+    distance = float(torch.linalg.vector_norm(sample - stock) / torch.linalg.vector_norm(stock))
+    if not distance <= TOLERANCE:
+        raise RuntimeError(
+            f"expected gradients within {TOLERANCE} of PyTorch's, got a distance of {distance:.4g}"
+        )
+
+
+def run_model(
+    name: str,
+    model: Model,
+    family: str,
+    options: argparse.Namespace,
+    device: torch.device,
+    failures: list[str],
+) -> list[dict]:
+    """Returns the rows of one model: the ways take turns, and their samples are put together."""
+    ways = ours(family)
+    rounds, seconds = (1, 0.5) if options.quick else (2, 0.8)
+    if device.type == "cpu":
+        rounds, seconds = 1, 0
+    found: dict[tuple[int, str], dict] = {}
+    stock: dict[int, Tensor] = {}
+    for turn in range(rounds):
+        for way in ways:
+            with report.survived(f"{name}, {family}, {way.name}", failures):
+                torch.manual_seed(0)
+                module = model.build(way.dtype, device)
+                loop = Loop(model, module, way.set_up(module), way, device)
+                for n_tokens in options.tokens:
+                    actual = loop.set_tokens(n_tokens)
+                    for _ in range(3):
+                        loop.window()
+                    if turn == 0:
+                        sample = loop.sample()
+                        compare(sample, stock.setdefault(n_tokens, sample))
+                    samples, memory = measure(loop, seconds, device)
+                    entry = found.setdefault(
+                        (n_tokens, way.name), {"way": way, "tokens": actual, "samples": []}
+                    )
+                    entry["samples"] += samples
+                    entry["memory"] = memory
+            loop = module = None
+            release()
+    rows = []
+    for _, entry in sorted(found.items(), key=lambda item: item[0][0]):
+        way, timing = entry["way"], wall_timing(entry["samples"], WINDOW)
+        labels = {"model": name, "family": family, "name": way.name, "role": way.role}
+        labels |= {"tokens": entry["tokens"], "window": WINDOW}
+        rows.append({**labels, **report.times(timing), **entry["memory"]})
+        report.say(
+            f"{name} {family} T={entry['tokens']} {way.name}: {timing.p50 / 1e3:.2f} ms a "
+            f"micro-batch, host {timing.host / 1e3:.2f} ms"
+        )
+    return rows
+
+
+def ratio_to_stock(rows: Sequence[dict], quantity: str) -> Callable[[dict], str]:
+    """Returns a column: a quantity over PyTorch's."""
+    keys = ("model", "family", "tokens")
+    others = {tuple(r[k] for k in keys): r[quantity] for r in rows if r["role"] == "stock"}
+
+    def ratio(row: dict) -> str:
+        other = others.get(tuple(row[k] for k in keys))
+        return f"{row[quantity] / other:.3f}" if other else ""
+
+    return ratio
+
+
+def summary(rows: Sequence[dict]) -> str:
+    """Returns the table that a run ends with."""
+
+    def gigabytes(nbytes: int | None) -> str:
+        return "" if nbytes is None else f"{nbytes / 1e9:.2f}"
+
+    columns = {
+        "model": lambda r: r["model"],
+        "parameters": lambda r: r["family"],
+        "gradients": lambda r: r["name"],
+        "T": lambda r: str(r["tokens"]),
+        "p20 ms": lambda r: f"{r['p20_us'] / 1e3:.2f}",
+        "p50 ms": lambda r: f"{r['p50_us'] / 1e3:.2f}",
+        "p80 ms": lambda r: f"{r['p80_us'] / 1e3:.2f}",
+        "/ PyTorch": ratio_to_stock(rows, "p50_us"),
+        "host ms": lambda r: f"{r['host_us'] / 1e3:.2f}",
+        "peak GB": lambda r: gigabytes(r["peak_bytes"]),
+        "peak / PyTorch": ratio_to_stock(rows, "peak_bytes"),
+    }
+    return report.table(rows, columns, n_text=3)
+
+
+def run(options: argparse.Namespace, device: torch.device, failures: list[str]) -> None:
+    """Measures all models; saves after each."""
+    chosen = models(is_toy=device.type == "cpu")
+    names = options.models or (QUICK_MODELS if options.quick else list(chosen))
+    options.tokens = options.tokens or TOKENS[device.type]
+    measured_with = environment(device) | {"transformers": None}
+    try:
+        import transformers
+
+        measured_with["transformers"] = transformers.__version__
+    except ImportError:
+        report.say("without the models of transformers: it is not installed")
+        names = [name for name in names if name == "llama-1.5b"]
+    rows: list[dict] = []
+    for name in names:
+        for family in options.families:
+            rows += run_model(name, chosen[name], family, options, device, failures)
+            if options.json:
+                report.save(options.json, measured_with, rows)
+    if rows:
+        print(summary(rows))
