@@ -276,7 +276,7 @@ def check_embedding(
         raise ValueError(f"{op}: padding_idx must lie in [{-rows}, {rows}), got {padding_idx}")
     if partials is not None:
         _check_slots(f"{op}: partials", partials, main)
-    read = {"inv_scale": inv_scale, "indices": indices, "grad_output": grad_output}
+    read = {"inv_scale": inv_scale, "grad_output": grad_output, "indices": indices}
     _check_overlaps(op, main, partials, read)
 
 

@@ -7,22 +7,12 @@
 #include <utility>
 
 #include "../bindings/checks.h"
+#include "../bindings/layout.h"
 #include "node.h"
 
 namespace gradacc {
 
 namespace autograd = torch::autograd;
-
-namespace {
-
-// [..., n] as [tokens, n].
-at::Tensor as_rows(const at::Tensor& tensor) {
-  if (tensor.dim() == 2) return tensor;
-  const auto leading = tensor.sizes().slice(0, tensor.dim() - 1);
-  return tensor.reshape({c10::multiply_integers(leading), tensor.size(-1)});
-}
-
-}  // namespace
 
 class ProductBackward : public FusedNode {
  public:

@@ -26,6 +26,13 @@ inline bool same_layout(const at::Tensor& a, const at::Tensor& b) {
   return true;
 }
 
+// [..., n] as [tokens, n].
+inline at::Tensor as_rows(const at::Tensor& tensor) {
+  if (tensor.dim() == 2) return tensor;
+  const auto leading = tensor.sizes().slice(0, tensor.dim() - 1);
+  return tensor.reshape({c10::multiply_integers(leading), tensor.size(-1)});
+}
+
 // `grad` with its elements where main's are: itself when it has that layout, else a copy of it. A
 // sparse gradient becomes float32 before its duplicate indices are summed, so that nothing is
 // rounded to 16 bits.

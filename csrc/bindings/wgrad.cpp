@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "checks.h"
+#include "layout.h"
 
 namespace gradacc {
 namespace {
@@ -88,18 +89,16 @@ void wgrad_accumulate_(const at::Tensor& main_grad, const at::Tensor& grad_outpu
   check_wgrad(main_grad, grad_output, input, inv_scale, partials, offsets);
 
   const at::AutoDispatchBelowADInplaceOrView below_autograd;  // operands may require grad
-  const auto flatten = [&](const at::Tensor& tensor) {
-    if (main_grad.dim() == 3 || tensor.dim() == 2) return tensor;
-    const auto leading = tensor.sizes().slice(0, tensor.dim() - 1);
-    return tensor.reshape({c10::multiply_integers(leading), tensor.size(-1)});
-  };
+  // Of a batch or of groups the op takes no other shapes than the kernels do.
+  const bool is_plain = main_grad.dim() == 2;
   const Factor factor{rounded_scale,
                       inv_scale ? static_cast<const float*>(inv_scale->const_data_ptr()) : nullptr};
   main_grad.unsafeGetTensorImpl()->bump_version();
   if (partials) partials->unsafeGetTensorImpl()->bump_version();
   float* slots = partials ? static_cast<float*>(partials->data_ptr()) : nullptr;
-  const bool has_partials = backend.weight_grad(main_grad, flatten(grad_output), flatten(input),
-                                                offsets, factor, store, slots);
+  const bool has_partials =
+      backend.weight_grad(main_grad, is_plain ? as_rows(grad_output) : grad_output,
+                          is_plain ? as_rows(input) : input, offsets, factor, store, slots);
   if (slots && !has_partials)
     backend.sum_of_squares(
         {{static_cast<const float*>(main_grad.const_data_ptr()), slots, main_grad.numel()}},
