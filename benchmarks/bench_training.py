@@ -4,11 +4,10 @@
     python benchmarks/bench_training.py --eager --json benchmarks/results/eager_h200.json
 
 The first is GPU time: forward and backward captured in CUDA graphs, so that no launch costs
-anything. Two things are captured: one micro-batch that adds to sums that exist, and a whole window
-of 8 from a cleared state, divided by 8. Under autocast only the window is a fair measure, since the
-16-bit copy of a weight is made once a window there, or once a micro-batch, by the way that sums.
-Before it is timed, every way's gradients are compared with float64, eager and captured, on a model
-of two such layers.
+anything. With bfloat16 parameters that is one micro-batch that adds to sums that exist; under
+autocast a whole window of 8 from a cleared state, divided by 8, since the 16-bit copy of a weight
+is made once a window there, or once a micro-batch, by the way that sums. Before it is timed, every
+way's gradients are compared with float64, eager and captured, on a model of two such layers.
 
 The second is what a clock on the wall shows of a loop without graphs, and the peak of memory, for
 this model and for models of the transformers library: see eager.py.
@@ -42,8 +41,8 @@ SHAPES = {
     "cpu": llama.Shape(256, width=64, layers=3, heads=4, kv_heads=2, mlp=128, positions=64),
 }
 METHOD = {
-    "window 1": "one captured micro-batch that adds to sums that exist",
-    "window 8": "8 captured micro-batches from zero_grad on, the first of which stores; their time "
+    "bf16": "one captured micro-batch that adds to sums that exist",
+    "autocast": "8 captured micro-batches from zero_grad on, the first of which stores; their time "
     "divided by 8, and with it what is done once a window: clearing, and under autocast the 16-bit "
     "copies of the weights, where the way keeps them",
     "accuracy": "relative L2 distance of a window's gradient from float64, on two layers",
@@ -121,28 +120,25 @@ def time_step(
         return wall_timing(sample_wall(step, seconds=0, min_repetitions=2), calls)
     graph = capture(step, warm_up)
     try:
-        return time_replays(graph, calls=calls, seconds=0.5 if is_quick else 1.0, min_repetitions=5)
+        return time_replays(graph, calls=calls, seconds=0.3 if is_quick else 0.6, min_repetitions=5)
     finally:
         graph.reset()
 
 
 def time_way(
     way: Way, shape: llama.Shape, n_tokens: int, device: torch.device, is_quick: bool
-) -> list[dict]:
-    """Returns a way's rows for one length: a micro-batch that adds, and a window."""
+) -> dict:
+    """Returns a way's row for one length: a micro-batch that adds, or a window."""
     trainer = build(way, shape, n_tokens, device)
-    modes = []
-    if way.family == "bf16":
-        modes.append((1, trainer.micro_batch, trainer.warm_up))
-    if way.family == "autocast" or not is_quick:
-        modes.append((WINDOW, trainer.window, trainer.warm_up_window))
-    rows = []
-    for calls, step, warm_up in modes:
-        timing = time_step(step, warm_up, calls, is_quick)
-        labels = {"family": way.family, "name": way.name, "role": way.role, "tokens": n_tokens}
-        rows.append({**labels, "window": calls, **report.times(timing)})
-        report.say(f"{describe(rows[-1])}: {timing.p50 / 1e3:.3f} ms, {timing.timer}")
-    return rows
+    calls, step, warm_up = {
+        "bf16": (1, trainer.micro_batch, trainer.warm_up),
+        "autocast": (WINDOW, trainer.window, trainer.warm_up_window),
+    }[way.family]
+    timing = time_step(step, warm_up, calls, is_quick)
+    labels = {"family": way.family, "name": way.name, "role": way.role, "tokens": n_tokens}
+    row = {**labels, "window": calls, **report.times(timing)}
+    report.say(f"{describe(row)}: {timing.p50 / 1e3:.3f} ms, {timing.timer}")
+    return row
 
 
 def describe(row: dict) -> str:
@@ -297,7 +293,7 @@ def run(options: argparse.Namespace, device: torch.device, failures: list[str]) 
     for n_tokens in options.tokens:
         for way in ways:
             with report.survived(f"T={n_tokens}, {way.family}, {way.name}", failures):
-                rows += time_way(way, SHAPES[device.type], n_tokens, device, options.quick)
+                rows.append(time_way(way, SHAPES[device.type], n_tokens, device, options.quick))
             release()
         if options.json:
             report.save(options.json, measured_with, rows, method=METHOD, accuracy=accuracy)

@@ -333,7 +333,7 @@ def time_calls(calls: Sequence[Callable[[], object]], is_quick: bool) -> Timing:
 
     graph = capture(all_calls)
     try:
-        seconds = 0.05 if is_quick else 0.2
+        seconds = 0.05 if is_quick else 0.1
         return time_replays(graph, calls=count, seconds=seconds, min_repetitions=5)
     finally:
         graph.reset()

@@ -9,7 +9,6 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end generated -->
     accumulate DEVICE         one compact table of benchmarks/results/accumulate_DEVICE.json
     accumulate DEVICE full    every row of it
     training DEVICE           GPU time of a micro-batch: training_DEVICE.json
-    training DEVICE full      with windows of 16-bit parameters too
     accuracy DEVICE           the gradients' errors: training_DEVICE.json
     eager DEVICE              wall-clock time and peak memory: eager_DEVICE.json
     wgrad DEVICE              weight-gradient GEMMs at three lengths: wgrad_DEVICE.json
@@ -199,7 +198,6 @@ def only_option(options: Sequence[str], block: str) -> bool:
 
 TRAINING_CASES = {
     ("bf16", 1): "bfloat16 parameters, a micro-batch that adds",
-    ("bf16", 8): "bfloat16 parameters, a window of 8 from zero\\_grad on, divided by 8",
     ("autocast", 8): "float32 parameters under autocast, a window of 8 from zero\\_grad on, "
     "divided by 8",
 }
@@ -231,15 +229,14 @@ def training_lines(case: dict[str, dict[int, dict]], lengths: Sequence[int]) -> 
     return lines
 
 
-def training_block(device: str, *options: str) -> str:
-    """Returns the block ``training DEVICE [full]``."""
-    is_full = only_option(options, "training")
+def training_block(device: str) -> str:
+    """Returns the block ``training DEVICE``."""
     results = load(f"training_{device}")
     lengths = sorted({r["tokens"] for r in results["rows"]})
     lines = []
     for (family, window), title in TRAINING_CASES.items():
         case = training_case(results, family, window)
-        if case and (is_full or (family, window) != ("bf16", 8)):
+        if case:
             lines.append([f"*{title}*", *len(lengths) * [""]])
             lines += training_lines(case, lengths)
     return table(["GPU time of a micro-batch", *(f"T={t}" for t in lengths)], lines, results)

@@ -75,6 +75,7 @@ struct WeightGrad {
   int64_t input_batch_stride;
   GradType type;
   bool store;
+  int processors;  // of the GPU's that may be kept busy, or 0 for all
 };
 
 // The tokens of one row are summed in pieces of this many, then the pieces, each in order.

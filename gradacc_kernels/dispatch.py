@@ -24,6 +24,7 @@ from types import ModuleType
 
 import torch
 
+from gradacc_kernels import tune
 from gradacc_kernels.checks import CHUNK_SIZE
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -71,6 +72,7 @@ def why_missing(backend: str) -> str | None:
             return "the extension was built without CUDA"
         if not torch.cuda.is_available():
             return "no CUDA device is visible"
+        tune.load(module)
     return None
 
 

@@ -102,13 +102,16 @@ class _Product:
             return torch._grouped_mm(input, matrix.mT, offs=self.offsets)
         return functional.linear(input, matrix, bias)
 
-    def input_gradient(self, dy: Tensor, matrix: Tensor, shape: torch.Size) -> Tensor:
-        """Computes dy W."""
+    def input_gradient(
+        self, dy: Tensor, matrix: Tensor, shape: torch.Size, is_wide: bool
+    ) -> Tensor:
+        """Computes dy W; the sums themselves, before they are rounded, where ``is_wide``."""
+        wide = {"out_dtype": torch.float32} if is_wide else {}
         if self.is_batched:
-            return dy.bmm(matrix)
+            return torch.bmm(dy, matrix, **wide)
         if self.offsets is not None:
             return torch._grouped_mm(_row_major(dy), matrix, offs=self.offsets)
-        return _as_rows(dy).mm(matrix).view(shape)
+        return torch.mm(_as_rows(dy), matrix, **wide).view(shape)
 
     def weight_gradient(self, left: Tensor, right: Tensor) -> Tensor:
         """Computes leftᵀ right."""
@@ -181,23 +184,24 @@ class FusedWeight:
             and input.shape[-1] == self._in_features
         )
 
-    def _multiply(self, input: Tensor, product: _Product, bias: Tensor | None) -> Tensor | None:
+    def _multiply(self, given: Tensor, product: _Product, bias: Tensor | None) -> Tensor | None:
         weight, hooks = self._weight, self._hooks()
-        if hooks is None or not _can_fuse(input, weight):
+        if hooks is None or not _can_fuse(given, weight):
             return None
+        input = given
         kind = weight.device.type
         is_autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if is_autocast else weight.dtype
         if is_autocast:
             if weight.dtype not in (dtype, torch.float32):
                 return None
-            if not input.is_floating_point() or input.dtype == torch.float64:
+            if not given.is_floating_point() or given.dtype == torch.float64:
                 return None
-            input = input.to(dtype)
+            input = given.to(dtype)
         if input.dtype != dtype:
             return None
         cast = hooks.cast(self._index, dtype)
-        return _Multiply.apply(input, weight, bias, _Call(self, hooks, product, cast))
+        return _Multiply.apply(given, weight, bias, _Call(self, hooks, product, input, cast))
 
     def matrix(self, weight: Tensor, product: _Product) -> Tensor:
         """Returns W, or the expert's part of it, as [..., out, in]."""
@@ -248,21 +252,24 @@ class FusedWeight:
 class _Call(NamedTuple):
     """What a product needs besides its differentiable arguments.
 
-    ``cast`` is the weight itself, or the copy of it that takes part.
+    ``input`` and ``cast`` are the input and the weight themselves, or the copies of them that take
+    part.
     """
 
     fused: FusedWeight
     hooks: PythonHooks
     product: _Product
+    input: Tensor
     cast: Tensor
 
 
 class _Multiply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, bias, call):
-        fused, _, product, cast = call
+    def forward(ctx, given, weight, bias, call):
+        fused, _, product, input, cast = call
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.version = call, weight._version
+        ctx.call, ctx.version = call._replace(input=None), weight._version
+        ctx.input_dtype = given.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         is_weight_saved = cast is weight and ctx.needs_input_grad[0]
         ctx.save_for_backward(input, *([weight] if is_weight_saved else []))
@@ -273,7 +280,7 @@ class _Multiply(torch.autograd.Function):
         if dy is None:
             return None, None, None, None
         _refuse_compiled_autograd()
-        fused, hooks, product, cast = ctx.call
+        fused, hooks, product, _, cast = ctx.call
         input, *weights = ctx.saved_tensors
         to_input, to_weight, to_bias = [node for node, _ in (*ctx.next_functions, (None, 0))[:3]]
         # With grad mode on, as under create_graph, the gradients are differentiable ones.
@@ -282,7 +289,10 @@ class _Multiply(torch.autograd.Function):
         with _no_autocast(input.device):
             if PythonHooks.demand(to_input) is not Demand.NOTHING:
                 weight = weights[0] if weights else fused.weight(cast, ctx.version, is_tracked)
-                dx = product.input_gradient(dy, fused.matrix(weight, product), input.shape)
+                is_wide = dy.is_cuda and ctx.input_dtype == torch.float32 and not is_tracked
+                is_wide = is_wide and dy.dtype != torch.float32
+                matrix = fused.matrix(weight, product)
+                dx = product.input_gradient(dy, matrix, input.shape, is_wide).to(ctx.input_dtype)
             demand = PythonHooks.demand(to_weight, hooks)
             if demand is not Demand.NOTHING:
                 left, right = fused.operands(dy, input, product)

@@ -6,7 +6,9 @@ python tests/gpu_record.py --check    exits 1 when the record is not of the pres
 
 import argparse
 import hashlib
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -50,7 +52,9 @@ def write():
     if not torch.cuda.is_available():
         sys.exit("gpu_record: no CUDA device is visible, so there is nothing to record")
     counts = Counts()
-    status = pytest.main(["-q", "-m", "gpu", str(ROOT / "tests")], plugins=[counts])
+    # Most of the time is Triton's, which compiles on the CPU.
+    spread = ["-n", str(min(12, os.cpu_count()))] if importlib.util.find_spec("xdist") else []
+    status = pytest.main(["-q", "-m", "gpu", *spread, str(ROOT / "tests")], plugins=[counts])
     try:
         from triton import __version__ as triton_version
     except ImportError:

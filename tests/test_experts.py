@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import time
 import weakref
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from weight_cases import WeightSum, exact_gradient, is_fused
+from weight_cases import WeightSum, assert_input_gradient, exact_gradient, is_fused
 
 import gradacc_kernels as gk
 from gradacc_kernels import fused
@@ -97,7 +98,7 @@ def run_both(module, twin, x, dy=None):
     y.backward(dy)
     y_twin.backward(dy)
     assert y.dtype == y_twin.dtype and y.equal(y_twin)
-    assert x.grad.equal(x_twin.grad)
+    assert_input_gradient(x.grad, x_twin.grad, is_autocast=y.dtype != x.dtype)
     return y, dy
 
 
@@ -630,6 +631,10 @@ def test_nothing_keeps_a_model_alive(backend):
             module(tokens(backend, torch.float32)).sum().backward()
         alive = [weakref.ref(module), weakref.ref(module[0]), weakref.ref(module[0].weight)]
         del module
+        for _ in range(100):  # the engine's thread of a GPU lets go of its graph a little later
+            if not any(reference() for reference in alive):
+                break
+            time.sleep(0.01)
         assert [reference() for reference in alive] == [None] * 3
     finally:
         gc.enable()

@@ -17,16 +17,18 @@ namespace autograd = torch::autograd;
 class ProductBackward : public FusedNode {
  public:
   ProductBackward(std::shared_ptr<FusedWeight> fused, std::shared_ptr<GradHooks> hooks,
-                  FusedWeight::Product product, at::ScalarType bias_dtype)
+                  FusedWeight::Product product, at::ScalarType input_dtype,
+                  at::ScalarType bias_dtype)
       : fused_(std::move(fused)),
         hooks_(std::move(hooks)),
         product_(std::move(product)),
+        input_dtype_(input_dtype),
         bias_dtype_(bias_dtype) {}
 
   std::string name() const override { return "FusedWeightBackward"; }
 
-  // cast: the 16-bit copy of the weight that was multiplied with, if that was not the weight
-  // itself.
+  // input: as it was multiplied, in the dtype of the product. cast: the 16-bit copy of the weight
+  // that was multiplied with, if that was not the weight itself.
   void save(const at::Tensor& input, const at::Tensor& cast) {
     input_ = autograd::SavedVariable(input, false);
     if (!should_compute_output(kInput)) return;
@@ -58,7 +60,7 @@ class ProductBackward : public FusedNode {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
 
     if (task_should_compute_output(kInput))
-      result[kInput] = input_gradient(dy, weight(is_tracked), input.sizes());
+      result[kInput] = input_gradient(dy, weight(is_tracked), input.sizes(), is_tracked);
     if (task_should_compute_output(kWeight)) {
       const Demand demand = GradHooks::demand(next_edge(kWeight), hooks_.get());
       const bool is_added = !is_tracked && demand == Demand::kMainGrad && add(dy, input);
@@ -85,17 +87,27 @@ class ProductBackward : public FusedNode {
     return fused_->weight_.to(cast_.scalar_type());
   }
 
-  at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& weight,
-                            at::IntArrayRef sizes) const {
+  // In the dtype of the input as it was given. A float32 one, under autocast, gets the sums before
+  // they are rounded: no 16-bit gradient is written to be cast afterwards.
+  at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& weight, at::IntArrayRef sizes,
+                            bool is_tracked) const {
     const at::Tensor matrix = fused_->matrix(weight, product_);
+    const bool is_wide =
+        !is_tracked && dy.is_cuda() && input_dtype_ == at::kFloat && dy.scalar_type() != at::kFloat;
+    at::Tensor grad;
     switch (product_.form) {
-      case FusedWeight::Form::kLinear:
-        return as_rows(dy).mm(matrix).view(sizes);
+      case FusedWeight::Form::kLinear: {
+        const at::Tensor rows = as_rows(dy);
+        grad = (is_wide ? at::mm(rows, matrix, at::kFloat) : rows.mm(matrix)).view(sizes);
+        break;
+      }
       case FusedWeight::Form::kBatched:
-        return dy.bmm(matrix);
+        grad = is_wide ? at::bmm(dy, matrix, at::kFloat) : dy.bmm(matrix);
+        break;
       default:
-        return at::_grouped_mm(dy, matrix, product_.offsets);
+        grad = at::_grouped_mm(dy, matrix, product_.offsets);
     }
+    return grad.to(input_dtype_);
   }
 
   // The two operands of the weight gradient, left ᵀ right, in the weight's own orientation.
@@ -109,16 +121,22 @@ class ProductBackward : public FusedNode {
   bool add(const at::Tensor& dy, const at::Tensor& input) const {
     const auto [left, right] = operands(dy, input);
     const Backend& backend = *find_backend(hooks_->device());
-    return hooks_->add(fused_->index_, [&, &left = left, &right = right](const MainGrad& target) {
+    const int processors =
+        product_.form == FusedWeight::Form::kLinear
+            ? backend.processors_beside(fused_->weight_.numel(), left.size(0), hooks_->device())
+            : 0;
+    const auto write = [&, &left = left, &right = right](const MainGrad& target) {
       if (!product_.expert)
         return backend.weight_grad(target.main, left, right, product_.offsets, target.factor,
-                                   target.store, target.partials);
+                                   target.store, target.partials, processors);
       // The other experts' matrices take part in the window too.
       if (target.store) target.main.zero_();
       backend.weight_grad(target.main.select(0, *product_.expert), left, right, {}, target.factor,
-                          false, nullptr);
+                          false, nullptr, processors);
       return false;
-    });
+    };
+    return processors > 0 ? hooks_->add_beside(fused_->index_, {left, right}, write)
+                          : hooks_->add(fused_->index_, write);
   }
 
   // In the weight's dtype, as stock autograd gives it.
@@ -143,6 +161,7 @@ class ProductBackward : public FusedNode {
   const std::shared_ptr<FusedWeight> fused_;
   const std::shared_ptr<GradHooks> hooks_;
   const FusedWeight::Product product_;
+  const at::ScalarType input_dtype_;
   const at::ScalarType bias_dtype_;
   autograd::SavedVariable input_;
   autograd::SavedVariable weight_;
@@ -182,18 +201,18 @@ at::Tensor FusedWeight::apply(const Product& product, const at::Tensor& input,
   }
 }
 
-std::optional<at::Tensor> FusedWeight::multiply(at::Tensor input, Product product,
+std::optional<at::Tensor> FusedWeight::multiply(const at::Tensor& given, Product product,
                                                 const std::optional<at::Tensor>& bias) {
   const auto hooks = hooks_.lock();
-  if (!hooks || !can_fuse(input, weight_)) return std::nullopt;
+  if (!hooks || !can_fuse(given, weight_)) return std::nullopt;
   const auto device = weight_.device().type();
   const bool is_autocast = at::autocast::is_autocast_enabled(device);
   const auto dtype = is_autocast ? at::autocast::get_autocast_dtype(device) : weight_.scalar_type();
   if (is_autocast) {
     if (weight_.scalar_type() != dtype && weight_.scalar_type() != at::kFloat) return std::nullopt;
-    if (!input.is_floating_point() || input.scalar_type() == at::kDouble) return std::nullopt;
-    input = at::autocast::cached_cast(dtype, input, device);
+    if (!given.is_floating_point() || given.scalar_type() == at::kDouble) return std::nullopt;
   }
+  const at::Tensor input = is_autocast ? hooks->cast_input(given, dtype) : given;
   if (input.scalar_type() != dtype) return std::nullopt;
 
   at::Tensor cast, output;
@@ -201,11 +220,12 @@ std::optional<at::Tensor> FusedWeight::multiply(at::Tensor input, Product produc
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     cast = hooks->cast(index_, dtype);
   }
-  decltype(make_node<ProductBackward>(nullptr, nullptr, product, dtype)) node;
+  decltype(make_node<ProductBackward>(nullptr, nullptr, product, dtype, dtype)) node;
   if (at::GradMode::is_enabled()) {
-    node = make_node<ProductBackward>(shared_from_this(), hooks, product,
+    node = make_node<ProductBackward>(shared_from_this(), hooks, product, given.scalar_type(),
                                       bias ? bias->scalar_type() : dtype);
-    node->set_next_edges(autograd::collect_next_edges(input, weight_, bias ? *bias : at::Tensor()));
+    // Past the cast of the input, whose backward is in input_gradient.
+    node->set_next_edges(autograd::collect_next_edges(given, weight_, bias ? *bias : at::Tensor()));
     // Before the product: a checkpoint stops recomputing at the last tensor that is saved.
     node->save(input, cast);
   }

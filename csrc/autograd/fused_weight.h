@@ -42,7 +42,7 @@ class FusedWeight : public std::enable_shared_from_this<FusedWeight> {
     std::optional<at::Tensor> offsets;
   };
 
-  std::optional<at::Tensor> multiply(at::Tensor input, Product product,
+  std::optional<at::Tensor> multiply(const at::Tensor& given, Product product,
                                      const std::optional<at::Tensor>& bias);
   // W, or the expert's part of it, as [..., out, in].
   at::Tensor matrix(const at::Tensor& weight, const Product& product) const;

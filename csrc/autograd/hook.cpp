@@ -12,6 +12,8 @@
 #include <torch/csrc/autograd/python_hook.h>
 
 #include <algorithm>
+#include <deque>
+#include <iterator>
 #include <string_view>
 #include <typeinfo>
 #include <utility>
@@ -22,6 +24,9 @@
 namespace gradacc {
 
 namespace autograd = torch::autograd;
+
+// What additions beside backward read may take so much memory; backward waits before it is more.
+constexpr int64_t kBesideBytes = int64_t{128} << 20;
 
 class GradHooks::PreHook : public autograd::FunctionPreHook {
  public:
@@ -67,14 +72,54 @@ class GradHooks::Lock {
   std::unique_lock<std::mutex> lock_;
 };
 
-// Small gradients of one backward. The engine's callback owns it, so a backward that raises drops
-// what is still waiting, and leaves `.grad` as it was.
-struct GradHooks::Queue {
+namespace {
+
+// What is launched on `second` from now on starts when `first` has done what it was given.
+void order(const c10::Stream& first, const c10::Stream& second) {
+  if (first == second) return;
+  c10::Event event(first.device_type());
+  event.record(first);
+  event.block(second);
+}
+
+}  // namespace
+
+// What one backward has under way. The engine's callback owns it, so a backward that raises drops
+// the gradients that still wait, and leaves their `.grad` as it was.
+struct GradHooks::Backward {
+  // An addition beside backward: what it reads must not be freed before it has ended.
+  struct Addition {
+    std::vector<at::Tensor> reads;
+    int64_t bytes;
+    c10::Stream stream;  // that of backward, in whose order `reads` are freed
+    c10::Event done;
+  };
+
   int graph_task;
-  std::optional<c10::Stream> stream;  // on which the gradients were queued, and are added
+  // Small gradients that wait for a common launch.
+  std::optional<c10::Stream> stream;  // on which they were queued, and are added
   std::vector<Entry> entries;
   int64_t bytes = 0;
   int64_t batch = 0;  // counts the launches
+  std::deque<Addition> beside;
+  int64_t beside_bytes = 0;
+
+  ~Backward() {
+    std::vector<at::Tensor> retired;
+    wait(0, retired);
+  }
+
+  // Has backward's stream wait for the oldest additions until the others read at most so much;
+  // what those read goes to `retired`.
+  void wait(int64_t most_bytes, std::vector<at::Tensor>& retired) {
+    while (!beside.empty() && beside_bytes > most_bytes) {
+      Addition& oldest = beside.front();
+      oldest.done.block(oldest.stream);
+      std::move(oldest.reads.begin(), oldest.reads.end(), std::back_inserter(retired));
+      beside_bytes -= oldest.bytes;
+      beside.pop_front();
+    }
+  }
 };
 
 namespace {
@@ -166,8 +211,8 @@ bool GradHooks::refresh() {
 // The PreHooks stay on their nodes, where the engine may be running them, and let gradients pass.
 void GradHooks::remove() {
   const Lock lock(*this);
-  for (const auto& weak : queues_)
-    if (const auto queue = weak.lock()) flush(*queue);
+  for (const auto& weak : backwards_)
+    if (const auto backward = weak.lock()) finish(*backward);
   removed_ = true;
   for (Param& param : params_) param.node = nullptr;
 }
@@ -278,11 +323,8 @@ at::Tensor GradHooks::consume(int64_t index, const at::Tensor& grad) {
 
   const Lock lock(*this);
   if (removed_) return grad;
-  flush_queued(param);
-  // Other hooks on the parameter read `.grad` as soon as we return.
-  const bool is_watched = !param.node || !param.node->post_hooks().empty() ||
-                          autograd::impl::post_acc_grad_hooks(param.variable) != nullptr;
-  if (static_cast<int64_t>(entry.grad.nbytes()) < queue_below_ && !is_watched &&
+  settle(param);
+  if (static_cast<int64_t>(entry.grad.nbytes()) < queue_below_ && !is_watched(param) &&
       autograd::get_current_graph_task_id() >= 0) {
     enqueue(std::move(entry));
   } else {
@@ -291,60 +333,78 @@ at::Tensor GradHooks::consume(int64_t index, const at::Tensor& grad) {
   return {};
 }
 
-// An earlier gradient of this parameter goes first: it may be the one that stores.
-void GradHooks::flush_queued(const Param& param) {
-  if (const auto queue = param.queue.lock(); queue && queue->batch == param.batch) flush(*queue);
+// Whether hooks of others read `.grad` as soon as ours has returned.
+bool GradHooks::is_watched(const Param& param) const {
+  return !param.node || !param.node->post_hooks().empty() ||
+         autograd::impl::post_acc_grad_hooks(param.variable) != nullptr;
+}
+
+// Earlier additions to this main gradient go first: one of them may be the one that stores.
+void GradHooks::settle(Param& param) {
+  const auto backward = param.backward.lock();
+  if (!backward) return;
+  if (backward->batch == param.batch) flush(*backward);
+  if (param.is_beside) order(*beside_, *current_stream(device_));
+  param.is_beside = false;
+}
+
+std::shared_ptr<GradHooks::Backward> GradHooks::backward_under_way() {
+  const int graph_task = autograd::get_current_graph_task_id();
+  backwards_.erase(std::remove_if(backwards_.begin(), backwards_.end(),
+                                  [](const auto& weak) { return weak.expired(); }),
+                   backwards_.end());
+  for (const auto& weak : backwards_) {
+    auto candidate = weak.lock();
+    if (candidate && candidate->graph_task == graph_task) return candidate;
+  }
+  auto backward = std::make_shared<Backward>();
+  backward->graph_task = graph_task;
+  backwards_.push_back(backward);
+  autograd::Engine::get_default_engine().queue_callback([self = shared_from_this(), backward] {
+    const Lock lock(*self);
+    self->finish(*backward);
+  });
+  return backward;
+}
+
+// Its last additions are launched, and the current stream waits for all of them.
+void GradHooks::finish(Backward& backward) {
+  flush(backward);
+  if (backward.beside.empty()) return;
+  order(*beside_, *current_stream(device_));
+  backward.wait(0, retired_);
 }
 
 void GradHooks::enqueue(Entry entry) {
-  const int graph_task = autograd::get_current_graph_task_id();
+  const auto backward = backward_under_way();
   const auto stream = current_stream(device_);
-  std::shared_ptr<Queue> queue;
-  queues_.erase(std::remove_if(queues_.begin(), queues_.end(),
-                               [](const auto& weak) { return weak.expired(); }),
-                queues_.end());
-  for (const auto& weak : queues_) {
-    auto candidate = weak.lock();
-    if (candidate && candidate->graph_task == graph_task) queue = std::move(candidate);
-  }
-  if (!queue) {
-    queue = std::make_shared<Queue>();
-    queue->graph_task = graph_task;
-    queues_.push_back(queue);
-    autograd::Engine::get_default_engine().queue_callback([self = shared_from_this(), queue] {
-      const Lock lock(*self);
-      self->flush(*queue);
-    });
-  }
-  if (queue->stream != stream) flush(*queue);
-  queue->stream = stream;
-  entry.param->queue = queue;
-  entry.param->batch = queue->batch;
-  queue->bytes += static_cast<int64_t>(entry.grad.nbytes());
-  queue->entries.push_back(std::move(entry));
-  if (queue->bytes >= queue_bytes_) flush(*queue);
+  if (backward->stream != stream) flush(*backward);
+  backward->stream = stream;
+  entry.param->backward = backward;
+  entry.param->batch = backward->batch;
+  backward->bytes += static_cast<int64_t>(entry.grad.nbytes());
+  backward->entries.push_back(std::move(entry));
+  if (backward->bytes >= queue_bytes_) flush(*backward);
 }
 
 // On the stream on which the gradients were queued, so that they need no record_stream; the stream
 // of the caller then waits for it.
-void GradHooks::flush(Queue& queue) {
-  if (queue.entries.empty()) return;
-  const auto entries = std::exchange(queue.entries, {});
-  queue.bytes = 0;
-  ++queue.batch;
+void GradHooks::flush(Backward& backward) {
+  if (backward.entries.empty()) return;
+  const auto entries = std::exchange(backward.entries, {});
+  backward.bytes = 0;
+  ++backward.batch;
   if (removed_) return;
   const auto caller = current_stream(device_);
-  if (queue.stream == caller) {
+  if (backward.stream == caller) {
     commit(entries);
     return;
   }
   {
-    const c10::StreamGuard guard(*queue.stream);
+    const c10::StreamGuard guard(*backward.stream);
     commit(entries);
   }
-  c10::Event added(device_.type());
-  added.record(*queue.stream);
-  added.block(*caller);
+  order(*backward.stream, *caller);
 }
 
 Demand GradHooks::demand(const autograd::Edge& edge, const GradHooks* hooks) {
@@ -380,26 +440,60 @@ bool GradHooks::add(int64_t index, c10::function_ref<bool(const MainGrad&)> add)
   const Lock lock(*this);
   if (removed_) return false;
   if (!param.variable.requires_grad()) return true;  // frozen since forward, as in consume
-  flush_queued(param);
+  settle(param);
   const auto here = current_stream(device_);
   const auto home = here && param.node ? param.node->stream() : here;
-  const auto order = [&](const c10::Stream& first, const c10::Stream& second) {
-    c10::Event event(device_.type());
-    event.record(first);
-    event.block(second);
-  };
-  if (here != home && home) order(*home, *here);
+  if (home) order(*home, *here);
+  write(param, add, factor());
+  if (home) order(*here, *home);
+  return true;
+}
+
+bool GradHooks::add_beside(int64_t index, std::vector<at::Tensor> reads,
+                           c10::function_ref<bool(const MainGrad&)> add) {
+  Param& param = params_.at(index);
+  {
+    const Lock lock(*this);
+    const auto here = current_stream(device_);
+    const bool is_alone = here && !is_watched(param) && param.node->stream() == here &&
+                          autograd::get_current_graph_task_id() >= 0;
+    if (!removed_ && is_alone && param.variable.requires_grad()) {
+      if (!beside_)
+        beside_ = c10::impl::VirtualGuardImpl(device_.type()).getStreamFromGlobalPool(device_);
+      const auto backward = backward_under_way();
+      if (param.backward.lock() != backward || !param.is_beside) settle(param);
+      const Factor& prepared = factor();
+      order(*here, *beside_);
+      {
+        const c10::StreamGuard guard(*beside_);
+        write(param, add, prepared);
+      }
+      param.backward = backward;
+      param.is_beside = true;
+      int64_t bytes = 0;
+      for (const at::Tensor& tensor : reads) bytes += static_cast<int64_t>(tensor.nbytes());
+      c10::Event done(device_.type());
+      done.record(*beside_);
+      backward->beside.push_back({std::move(reads), bytes, *here, std::move(done)});
+      backward->beside_bytes += bytes;
+      backward->wait(kBesideBytes, retired_);
+      return true;
+    }
+  }
+  return this->add(index, add);
+}
+
+void GradHooks::write(Param& param, c10::function_ref<bool(const MainGrad&)> add,
+                      const Factor& factor) {
   const bool store = !adopt(param);
   const bool has_statistics = add({param.main, static_cast<float*>(param.partials.data_ptr()),
-                                   store || are_statistics_valid(param), factor(), store});
+                                   store || are_statistics_valid(param), factor, store});
   const at::Tensor& grad = param.variable.mutable_grad();
   if (grad.defined()) grad.unsafeGetTensorImpl()->bump_version();
   show(param);
   param.statistics_version.reset();
   if (has_statistics)
     param.statistics_version = static_cast<int64_t>(param.variable.mutable_grad()._version());
-  if (here != home && home) order(*here, *home);
-  return true;
 }
 
 // Prepared once a backward: inv_scale may have changed since the last one.
@@ -427,6 +521,13 @@ at::Tensor GradHooks::cast(int64_t index, at::ScalarType dtype) {
   return param.cast.get(param.variable, grad,
                         grad.is_same(param.exposed) ? param.exposed_version : -1, dtype,
                         backend_.capture_id(device_));
+}
+
+at::Tensor GradHooks::cast_input(const at::Tensor& input, at::ScalarType dtype) {
+  if (input.scalar_type() == dtype) return input;
+  if (input.is_inference()) return input.to(dtype);  // it has no version to compare
+  const Lock lock(*this);
+  return input_cast_.get(input, dtype, current_stream(device_), backend_.capture_id(device_));
 }
 
 }  // namespace gradacc

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../bindings/backend.h"
+#include "input_cast.h"
 #include "window_cast.h"
 
 namespace gradacc {
@@ -79,14 +80,21 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   // Calls `add` on the main gradient, between adopting and showing `.grad`; add tells whether it
   // has left the slots valid. False, without a call, when the hook's work has ended.
   bool add(int64_t index, c10::function_ref<bool(const MainGrad&)> add);
+  // The same beside the rest of backward: on a stream of its own, which waits for the current one
+  // now and is waited for at the end of backward. `reads` live until then. Where somebody may read
+  // `.grad` earlier, it is `add`.
+  bool add_beside(int64_t index, std::vector<at::Tensor> reads,
+                  c10::function_ref<bool(const MainGrad&)> add);
   // The parameter as a fused module's forward reads it: itself, or its copy of `dtype`.
   at::Tensor cast(int64_t index, at::ScalarType dtype);
+  // The input of such a forward as it reads it.
+  at::Tensor cast_input(const at::Tensor& input, at::ScalarType dtype);
   at::Device device() const { return device_; }
 
  private:
   class Lock;
   class PreHook;
-  struct Queue;
+  struct Backward;
 
   struct Param {
     at::Tensor variable;
@@ -97,8 +105,9 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
     int64_t exposed_version = -1;  // of it, when a gradient was last added
     std::optional<int64_t> statistics_version;
     decltype(torch::autograd::impl::grad_accumulator(at::Tensor())) node;
-    std::weak_ptr<Queue> queue;  // where a gradient may be waiting
-    int64_t batch = -1;          // of that queue
+    std::weak_ptr<Backward> backward;  // the last one that queued its gradient, or added beside
+    int64_t batch = -1;                // in whose queue a gradient may be waiting
+    bool is_beside = false;            // whether an addition may be under way on beside_
     WindowCast cast;
   };
 
@@ -115,11 +124,15 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   bool are_statistics_valid(const Param& param) const;
   bool adopt(Param& param);
   void show(Param& param);
-  void flush_queued(const Param& param);
+  bool is_watched(const Param& param) const;
+  void settle(Param& param);
   const Factor& factor();
+  void write(Param& param, c10::function_ref<bool(const MainGrad&)> add, const Factor& factor);
   void commit(const std::vector<Entry>& entries);
+  std::shared_ptr<Backward> backward_under_way();
   void enqueue(Entry entry);
-  void flush(Queue& queue);
+  void flush(Backward& backward);
+  void finish(Backward& backward);
 
   const at::Device device_;
   const Backend& backend_;
@@ -131,11 +144,13 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   std::mutex mutex_;
   std::atomic<bool> removed_ = false;
   std::vector<Param> params_;
-  std::vector<std::weak_ptr<Queue>> queues_;  // one for each backward under way
-  std::vector<Accumulation> items_;           // scratch of commit
-  std::vector<at::Tensor> retired_;           // what `.grad` gave up, until the mutex is free
-  Factor factor_;                             // of the backward and stream below
-  at::Tensor scalars_;                        // its memory
+  std::vector<std::weak_ptr<Backward>> backwards_;  // those under way
+  std::vector<Accumulation> items_;                 // scratch of commit
+  std::vector<at::Tensor> retired_;                 // what `.grad` gave up, until the mutex is free
+  InputCast input_cast_;
+  std::optional<c10::Stream> beside_;  // made at its first use
+  Factor factor_;                      // of the backward and stream below
+  at::Tensor scalars_;                 // its memory
   int factor_task_ = -1;
   std::optional<c10::Stream> factor_stream_;
 };

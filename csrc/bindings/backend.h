@@ -31,10 +31,14 @@ struct Backend {
   void (*reduce)(const std::vector<Slots>& items, float* sums, float* norm, float* found_inf,
                  at::Device device);
   // main (+)= s * grad_outputᵀ input, of the shapes of wgrad_accumulate_ (gradacc_kernels/ops.py).
-  // partials may be null. Returns whether they were written.
+  // partials may be null. processors: how many of the device's to keep busy at the most; 0 for all.
+  // Returns whether partials were written.
   bool (*weight_grad)(const at::Tensor& main, const at::Tensor& grad_output,
                       const at::Tensor& input, const std::optional<at::Tensor>& offsets,
-                      const Factor& factor, bool store, float* partials);
+                      const Factor& factor, bool store, float* partials, int processors);
+  // How many processors a weight gradient of so many elements should take beside the rest of
+  // backward; 0: it should take its turn.
+  int (*processors_beside)(int64_t elements, int64_t tokens, at::Device device);
   // scalars[0..2] = {scale * inv_scale, 0, 1}.
   void (*prepare)(const Factor& factor, float* scalars, at::Device device);
   // Identifies the graph capture that the current stream is in; 0 outside of one.

@@ -100,13 +100,10 @@ void embedding(const EmbeddingGrad& item, float scale, const float* inv_scale, a
 }  // namespace
 
 const Backend kCpuBackend = {
-    accumulate,
-    sum_of_squares,
-    scale,
-    reduce,
-    cpu_weight_grad,
-    prepare,
-    [](at::Device) { return uint64_t{0}; },
+    accumulate,      sum_of_squares,
+    scale,           reduce,
+    cpu_weight_grad, [](int64_t, int64_t, at::Device) { return 0; },
+    prepare,         [](at::Device) { return uint64_t{0}; },
     embedding,
 };
 

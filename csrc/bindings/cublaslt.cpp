@@ -74,7 +74,7 @@ uint32_t alignment_of(const void* pointer) {
 
 // What an algorithm depends on.
 using Key = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                       int32_t, bool, bool, bool, std::array<uint32_t, 3>>;
+                       int32_t, int32_t, bool, bool, bool, std::array<uint32_t, 3>>;
 using Algorithms = std::vector<cublasLtMatmulHeuristicResult_t>;
 
 struct Cache {
@@ -113,6 +113,9 @@ Matmul describe(const WeightGrad& p, bool is_tf32_allowed, bool are_on_host) {
   cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_TRANSB, &transpose,
                                  sizeof(transpose));
   cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_POINTER_MODE, &mode, sizeof(mode));
+  const auto processors = static_cast<int32_t>(p.processors);
+  cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, &processors,
+                                 sizeof(processors));
   return matmul;
 }
 
@@ -154,6 +157,8 @@ std::shared_ptr<const Algorithms> find_algorithms(const Matmul& matmul, const Ke
 
 }  // namespace
 
+int64_t cublaslt_version() { return static_cast<int64_t>(cublasLtGetVersion()); }
+
 void cublaslt_weight_grad(const WeightGrad& p, const float* scalars, bool are_on_host,
                           int algorithm, at::Device device) {
   const bool is_tf32_allowed = at::globalContext().allowTF32CuBLAS();
@@ -170,6 +175,7 @@ void cublaslt_weight_grad(const WeightGrad& p, const float* scalars, bool are_on
                 p.grad_output_stride,
                 p.grad_output_batch_stride,
                 static_cast<int32_t>(p.type),
+                p.processors,
                 p.store,
                 is_tf32_allowed,
                 are_on_host,

@@ -11,6 +11,8 @@ namespace gradacc {
 // How many of cuBLASLt's algorithms for a shape are at choice, from the one that it ranks first on.
 constexpr int kCublasLtAlgorithms = 8;
 
+int64_t cublaslt_version();
+
 // main (+)= s * grad_outputᵀ input on the current stream, without statistics. scalars: {s, 0, 1},
 // in device memory or, where `are_on_host`, in the host's. `algorithm` is cuBLASLt's rank; the
 // first one where it has fewer.

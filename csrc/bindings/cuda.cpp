@@ -6,6 +6,7 @@
 
 #include "backend.h"
 #include "wgrad.h"
+#include "wgrad_choice.h"
 
 namespace gradacc {
 namespace {
@@ -71,7 +72,8 @@ uint64_t capture_id(at::Device device) {
 }  // namespace
 
 const Backend kCudaBackend = {
-    accumulate, sum_of_squares, scale, reduce, cuda_weight_grad, prepare, capture_id, embedding,
+    accumulate, sum_of_squares, scale,     reduce, cuda_weight_grad, weight_grad_processors_beside,
+    prepare,    capture_id,     embedding,
 };
 
 }  // namespace gradacc

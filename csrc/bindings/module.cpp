@@ -57,6 +57,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
 #ifdef GRADACC_WITH_CUDA
   m.def("set_weight_grad_choice", &gradacc::set_weight_grad_choice);
+  m.def("cublaslt_version", &gradacc::cublaslt_version);
+  m.def("clear_weight_grad_choices", &gradacc::clear_weight_grad_choices);
   m.def("force_weight_grad_choice", &gradacc::force_weight_grad_choice);
   m.def("weight_grad_choices", [] {
     std::vector<std::string> names;

@@ -98,7 +98,8 @@ void wgrad_accumulate_(const at::Tensor& main_grad, const at::Tensor& grad_outpu
   float* slots = partials ? static_cast<float*>(partials->data_ptr()) : nullptr;
   const bool has_partials =
       backend.weight_grad(main_grad, is_plain ? as_rows(grad_output) : grad_output,
-                          is_plain ? as_rows(input) : input, offsets, factor, store, slots);
+                          is_plain ? as_rows(input) : input, offsets, factor, store, slots,
+                          /*processors=*/0);
   if (slots && !has_partials)
     backend.sum_of_squares(
         {{static_cast<const float*>(main_grad.const_data_ptr()), slots, main_grad.numel()}},
@@ -108,7 +109,7 @@ void wgrad_accumulate_(const at::Tensor& main_grad, const at::Tensor& grad_outpu
 // One BLAS call in float32, on float32 copies of 16-bit operands.
 bool cpu_weight_grad(const at::Tensor& main, const at::Tensor& grad_output, const at::Tensor& input,
                      const std::optional<at::Tensor>& offsets, const Factor& factor, bool store,
-                     float*) {
+                     float*, int) {
   const double s = factor.inv_scale ? factor.scale * *factor.inv_scale : factor.scale;
   const auto left = grad_output.to(at::kFloat), right = input.to(at::kFloat);
   at::Tensor out = main;

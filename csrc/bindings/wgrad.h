@@ -19,9 +19,9 @@ void wgrad_accumulate_(const at::Tensor& main_grad, const at::Tensor& grad_outpu
 // Backend::weight_grad of each device.
 bool cpu_weight_grad(const at::Tensor& main, const at::Tensor& grad_output, const at::Tensor& input,
                      const std::optional<at::Tensor>& offsets, const Factor& factor, bool store,
-                     float* partials);
+                     float* partials, int processors);
 bool cuda_weight_grad(const at::Tensor& main, const at::Tensor& grad_output,
                       const at::Tensor& input, const std::optional<at::Tensor>& offsets,
-                      const Factor& factor, bool store, float* partials);
+                      const Factor& factor, bool store, float* partials, int processors);
 
 }  // namespace gradacc

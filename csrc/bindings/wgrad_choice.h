@@ -6,6 +6,8 @@
 
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <string>
 
 #include "../kernels.h"
@@ -16,6 +18,9 @@ int choose_weight_grad(const WeightGrad& problem);
 // Overrides the rule for one shape: the name of a CUTLASS instance, or "cublaslt:<rank>".
 void set_weight_grad_choice(int64_t out_features, int64_t in_features, int64_t tokens, bool store,
                             const std::string& name);
+void clear_weight_grad_choices();
+// Backend::processors_beside.
+int weight_grad_processors_beside(int64_t elements, int64_t tokens, at::Device device);
 // Overrides rule and table for all shapes, for benchmarks; "" ends that.
 void force_weight_grad_choice(const std::string& name);
 

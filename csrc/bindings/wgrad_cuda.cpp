@@ -49,7 +49,7 @@ void grouped(const at::Tensor& main, const at::Tensor& grad_output, const at::Te
 
 bool cuda_weight_grad(const at::Tensor& main, const at::Tensor& grad_output,
                       const at::Tensor& input, const std::optional<at::Tensor>& offsets,
-                      const Factor& factor, bool store, float* partials) {
+                      const Factor& factor, bool store, float* partials, int processors) {
   if (main.numel() == 0) return false;
   const c10::cuda::CUDAGuard guard(main.device());
   if (offsets) {
@@ -72,6 +72,7 @@ bool cuda_weight_grad(const at::Tensor& main, const at::Tensor& grad_output,
   problem.input_batch_stride = right.dim() == 3 ? right.stride(0) : 0;
   problem.type = grad_type(left);
   problem.store = store;
+  problem.processors = processors;
   if (problem.tokens == 0) {
     if (store) at::Tensor(main).zero_();
     return false;

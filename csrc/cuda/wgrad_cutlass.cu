@@ -17,13 +17,10 @@ using namespace wgrad;
 // The widest share of the operands between CTAs that still hides the epilogue behind the other
 // consumer's products, with the next old tile on its way as a whole.
 template <class Element>
-using Wide = Config<Element, Pingpong, 128, 128, 64, 2, 1, 5, 64, 4, 2>;
+using Wide = Config<Element, 128, 128, 64, 2, 1, 5, 64, 4, 2>;
 // The same without clusters, which leave processors idle where there are few tiles.
 template <class Element>
-using Single = Config<Element, Pingpong, 128, 128, 64, 1, 1, 5, 32, 8, 2>;
-// Few tiles and many tokens: the fewest operand bytes out of L2.
-template <class Element>
-using Deep = Config<Element, Cooperative, 128, 256, 64, 2, 1, 3, 32, 5, 2>;
+using Single = Config<Element, 128, 128, 64, 1, 1, 5, 32, 8, 2>;
 
 struct Variant {
   const char* name;
@@ -41,7 +38,6 @@ constexpr Variant variant(const char* name) {
 constexpr Variant kVariants[] = {
     variant<Wide>("wide"),
     variant<Single>("single"),
-    variant<Deep>("deep"),
 };
 constexpr int kVariantCount = sizeof(kVariants) / sizeof(kVariants[0]);
 

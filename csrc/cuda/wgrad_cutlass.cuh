@@ -19,6 +19,7 @@
 #include <cutlass/cutlass.h>
 #include <cutlass/gemm/kernel/gemm_universal_decl.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cute/tensor.hpp>
@@ -26,7 +27,6 @@
 #include <cutlass/epilogue/collective/sm90_epilogue_tma_warpspecialized.hpp>
 #include <cutlass/gemm/collective/collective_mma_decl.hpp>
 #include <cutlass/gemm/collective/sm90_mma_tma_gmma_ss_warpspecialized.hpp>
-#include <cutlass/gemm/kernel/sm90_gemm_tma_warpspecialized_cooperative.hpp>
 #include <cutlass/gemm/kernel/sm90_gemm_tma_warpspecialized_pingpong.hpp>
 
 #include "../kernels.h"
@@ -167,22 +167,18 @@ struct MainGradFusion {
   }
 };
 
-using Pingpong = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
-using Cooperative = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
-
-// One instance. kOldStages subtiles of kSubtileN columns of the old tile may be in shared memory at
-// a time, where the new ones replace them; kStores of those may be on their way out.
-template <class Element_, class Schedule_, int kTileM, int kTileN, int kTileK, int kClusterM,
-          int kClusterN, int kStages, int kSubtileN, int kOldStages, int kStores,
-          bool kReuse = true>
+// One instance: two warpgroups take turns, one multiplies while the other is in its epilogue.
+// kOldStages subtiles of kSubtileN columns of the old tile may be in shared memory at a time, where
+// the new ones replace them; kStores of those may be on their way out.
+template <class Element_, int kTileM, int kTileN, int kTileK, int kClusterM, int kClusterN,
+          int kStages, int kSubtileN, int kOldStages, int kStores>
 struct Config {
   using Element = Element_;
-  using Schedule = Schedule_;
+  using Schedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
   using Tile = Shape<Int<kTileM>, Int<kTileN>, Int<kTileK>>;
   using Cluster = Shape<Int<kClusterM>, Int<kClusterN>, Int<1>>;
-  static constexpr bool kCooperative = cute::is_same_v<Schedule, Cooperative>;
-  static constexpr int kMmaThreads = kCooperative ? 256 : 128;
-  using Subtile = Shape<Int<kCooperative ? 128 : 64>, Int<kSubtileN>>;
+  static constexpr int kMmaThreads = 128;
+  using Subtile = Shape<Int<64>, Int<kSubtileN>>;
   // main: [O, I, batch], row-major
   using MainStride = cute::Stride<int64_t, Int<1>, int64_t>;
 
@@ -191,7 +187,8 @@ struct Config {
   using MainCopy = cute::AutoVectorizingCopyWithAssumedAlignment<128>;
   using Epilogue = cutlass::epilogue::collective::CollectiveEpilogue<
       cutlass::epilogue::Sm90TmaWarpSpecialized<kOldStages, kStores,
-                                                cute::size(Subtile{}) / kMmaThreads, kReuse, false>,
+                                                cute::size(Subtile{}) / kMmaThreads,
+                                                /*ReuseSmemC=*/true, /*DelayTmaStore=*/false>,
       Tile, Subtile, float, MainStride, float, MainStride, MainGradFusion, cute::SM90_TMA_LOAD,
       MainAtom, MainCopy, cute::SM90_TMA_STORE, MainAtom, MainCopy,
       cute::Copy_Atom<cute::SM90_U32x4_STSM_N, cutlass::half_t>, void>;
@@ -203,7 +200,7 @@ struct Config {
   using TiledMma = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float, Tile, cute::GMMA::Major::MN,
                                  cute::GMMA::Major::MN>(),
-      cute::Layout<Shape<Int<kMmaThreads / 128>, Int<1>, Int<1>>>{}));
+      cute::Layout<Shape<Int<1>, Int<1>, Int<1>>>{}));
   // A tile of grad_output is shared by the CTAs of a cluster's row, one of input by its column.
   template <int kSharers>
   using OperandCopy =
@@ -295,6 +292,11 @@ cudaError_t launch(const WeightGrad& problem, float scale, const float* inv_scal
 
   int sms = 0, clusters = 0;
   if (cudaError_t error = capacity<Config>(&sms, &clusters)) return error;
+  constexpr int kClusterSize = cute::size(typename Config::Cluster{});
+  if (problem.processors > 0) {
+    sms = std::clamp(problem.processors, kClusterSize, sms);
+    clusters = std::min(clusters, sms / kClusterSize);
+  }
 
   // A dimension of extent one must not carry a stride that TMA would refuse.
   const auto batch_stride = [&](int64_t stride) { return problem.batch > 1 ? stride : 0; };
@@ -331,7 +333,7 @@ cudaError_t launch(const WeightGrad& problem, float scale, const float* inv_scal
   config.dynamicSmemBytes = Kernel::SharedStorageSize;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = cute::size(Cluster{}) == 1 ? 0 : 1;
+  config.numAttrs = kClusterSize == 1 ? 0 : 1;
   return cudaLaunchKernelEx(&config, wgrad_kernel<Config>, params);
 }
 

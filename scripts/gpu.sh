@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# gpu.sh OUT PART...: what a machine with a GPU is needed for. Results go to the folder OUT.
+#
+#   tests        the tests marked gpu, and tests/gpu_record.json
+#   accumulate   the elementwise kernels            training     a micro-batch in CUDA graphs
+#   wgrad        weight gradients, embeddings       eager        training loops, and their memory
+#
+# Builds the extension in place first, for the GPU that is there, unless one lies there already.
+# Without a repository, GRADACC_COMMIT names the commit of the sources.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+out=$1
+shift
+mkdir -p "$out"
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+
+if ! compgen -G 'gradacc_kernels/_C*.so' > /dev/null; then
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} GRADACC_CUDA=1 \
+    "$python" setup.py -q build_ext --inplace
+fi
+"$python" -m gradacc_kernels
+
+benchmark() {
+  local name=$1
+  shift
+  "$python" "$@" --json "$out/$name.json" > "$out/$name.txt" 2> "$out/$name.log" ||
+    { echo "$name failed:"; tail -n 30 "$out/$name.log"; }
+}
+for part in "$@"; do
+  echo "== $part"
+  case $part in
+    tests)
+      "$python" tests/gpu_record.py --write > "$out/tests.log" 2>&1 || true
+      cp tests/gpu_record.json "$out"
+      grep -E '^(FAILED|ERROR)' "$out/tests.log" || true
+      tail -n 1 "$out/tests.log"
+      ;;
+    accumulate) benchmark accumulate benchmarks/bench_accumulate.py ;;
+    training) benchmark training benchmarks/bench_training.py ;;
+    wgrad) benchmark wgrad benchmarks/bench_wgrad.py ;;
+    eager) benchmark eager benchmarks/bench_training.py --eager ;;
+    *)
+      echo "gpu.sh: unknown part $part" >&2
+      exit 2
+      ;;
+  esac
+  [ ! -f "$out/$part.txt" ] || cat "$out/$part.txt"
+done
