@@ -148,6 +148,7 @@ class _Attachment:
         self.params = params
         self.handle = None
         self.groups: list[_Group] = []
+        self.uses_inv_scale = False
         self.lock = threading.RLock()
         # Parameters whose grad_dtype had to be changed: what it was, and the dtype it was that of.
         self.grad_dtypes: dict[str, tuple[torch.dtype | None, torch.dtype]] = {}
@@ -186,7 +187,20 @@ class _Attachment:
             names, members = list(named), list(named.values())
             inv_scale = inv_scales[device]
             groups.append(_Group(names, members, self.scale, inv_scale, backend, self))
+            if self.uses_inv_scale:
+                groups[-1].hooks.use_inv_scale()
         return groups
+
+    def use_inv_scale(self) -> None:
+        """Has the factors inv_scale take part, which are 1 for as long as nobody has them."""
+        with self.lock:
+            if not all([group.hooks.use_inv_scale() for group in self.groups]):
+                raise RuntimeError(
+                    "inv_scale: a CUDA graph was captured before inv_scale was first asked for, "
+                    "and would not see what is written into it: detach, attach again, and read "
+                    "Accumulator.inv_scale before you capture"
+                )
+            self.uses_inv_scale = True
 
     def install(self, params: dict[str, Tensor], groups: list[_Group]) -> None:
         """Hooks the parameters up to their storage."""
@@ -432,7 +446,8 @@ class Accumulator:
 
         Returns:
             0-dim float32 tensor on the device of the first parameter; NaN when an element is not
-            finite, 0 when no parameter has a gradient. No host sync.
+            finite, 0 when no parameter has a gradient. No host sync, unless that is the CPU and
+            other parameters are on a GPU.
         """
         return self._statistics(from_statistics)[0]
 
@@ -441,7 +456,7 @@ class Accumulator:
         """1 when an element of a covered ``.grad`` is inf or NaN, else 0.
 
         0-dim float32 tensor on the device of the first parameter, from one pass over the main
-        gradients (4 bytes per element). No host sync.
+        gradients (4 bytes per element). No host sync, as :meth:`grad_norm`.
         """
         return self._statistics(False)[1]
 
@@ -462,8 +477,10 @@ class Accumulator:
             for tensors, kind in ((grads, "main_grads"), (slots, "partials")):
                 if tensors:
                     _, norm, verdict = ops.grad_stats(**{kind: tensors}, backend=group.backend)
-                    norms.append(norm.to(device, non_blocking=True))
-                    verdicts.append(verdict.to(device, non_blocking=True))
+                    # A copy to the CPU that does not wait would be read before it is there.
+                    is_free = device.type != "cpu"
+                    norms.append(norm.to(device, non_blocking=is_free))
+                    verdicts.append(verdict.to(device, non_blocking=is_free))
         if not norms:
             zero = torch.zeros((), dtype=torch.float32, device=device)
             return zero, zero.clone()
@@ -483,8 +500,12 @@ class Accumulator:
         Write into it, on the device: ``accumulator.inv_scale.copy_(1 / loss_scale)``. For
         parameters on several devices there is one a device, in :attr:`inv_scales`.
 
+        It takes part from the first time on that it is asked for. Weight gradients of many tokens
+        are a little slower then: see docs/performance.md.
+
         Raises:
-            RuntimeError: the parameters are on several devices.
+            RuntimeError: the parameters are on several devices; or a CUDA graph of fused modules
+                was captured before, which would not see what is written.
         """
         tensors = self.inv_scales
         if len(tensors) > 1:
@@ -495,7 +516,8 @@ class Accumulator:
 
     @property
     def inv_scales(self) -> dict[torch.device, Tensor]:
-        """The factor :attr:`inv_scale` of each device."""
+        """The factor :attr:`inv_scale` of each device; raises as that does."""
+        self._attachment.use_inv_scale()
         return {group.device: group.inv_scale for group in self._attachment.groups}
 
     @property

@@ -193,6 +193,10 @@ class PythonHooks:
             for param in self._params:
                 param.statistics_version = None
 
+    def use_inv_scale(self) -> bool:
+        """Tells that inv_scale may be written to; this hook has never left it out."""
+        return True
+
     def statistics_valid(self, index: int) -> bool:
         """Tells whether a parameter's slots describe its ``.grad``, by its version counter."""
         return self._are_statistics_valid(self._params[index])

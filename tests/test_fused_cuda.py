@@ -263,6 +263,76 @@ def test_a_captured_window_follows_the_weights():
     assert_equal([p.main_grad for p in model.parameters()], grads(twin))
 
 
+@pytest.mark.parametrize("is_asked_first", [True, False])
+def test_a_loss_scale_in_a_graph(is_asked_first):
+    """Asked for before the capture, a replay sees what is in it; asked for later, it is refused."""
+    model, (data,) = deep("bf16", layers=2), batches(64, 1)
+    accumulator = gk.attach(model)
+    inv_scale = accumulator.inv_scale if is_asked_first else None
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = window(model, "bf16", [data])
+        model.zero_grad()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        micro_batch(model, "bf16", data)
+    if not is_asked_first:
+        with pytest.raises(RuntimeError, match="captured before inv_scale was first asked for"):
+            accumulator.inv_scale  # noqa: B018
+        return
+    for value in (1.0, 0.25):
+        inv_scale.fill_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        found = [p.main_grad for p in model.parameters()]
+        assert_equal(found, [grad * value for grad in expected])
+
+
+def test_a_loss_scale_from_some_micro_batch_on():
+    model, data = deep("bf16", layers=2), batches(64, 2)
+    accumulator = gk.attach(model)
+    parts = []
+    for indices in data:
+        parts.append(window(model, "bf16", [indices]))
+        model.zero_grad()
+    micro_batch(model, "bf16", data[0])
+    accumulator.inv_scale.fill_(0.5)
+    micro_batch(model, "bf16", data[1])
+    for ours, first, second in zip(grads(model), *parts, strict=True):
+        torch.testing.assert_close(ours, first + 0.5 * second, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 0.5])
+@pytest.mark.parametrize("store", [False, True], ids=["add", "store"])
+@pytest.mark.parametrize("shape", [(2048, 1024), (1024, 2112)])
+def test_many_tokens(shape, store, scale):
+    """Where the rule leaves our kernels for cuBLASLt's, whose scalars are the host's or not."""
+    torch.manual_seed(0)
+    main = torch.randn(shape, device="cuda")
+    dy, x = (torch.randn(1536, n, device="cuda").bfloat16() for n in shape)
+    inv_scale = None if scale is None else torch.full((), scale, device="cuda")
+    factor = 0.75 * (1.0 if scale is None else scale)
+    terms = dy.double().abs().t() @ x.double().abs() * factor
+    exact = dy.double().t() @ x.double() * factor
+    if not store:
+        exact, terms = exact + main, terms + main.abs()
+    slots = torch.empty(gk.ops.num_chunks(main.numel()), device="cuda")
+    results = []
+    for _ in range(2):
+        result = main.clone() if not store else torch.full_like(main, torch.nan)
+        gk.ops.wgrad_accumulate_(
+            result, dy, x, scale=0.75, inv_scale=inv_scale, store=store, partials=slots
+        )
+        results.append(result)
+    assert results[0].equal(results[1])
+    assert bool(((results[0] - exact).abs() <= (1536 + 3) * 2.0**-23 * terms).all())
+    assert (results[0] - exact).norm() <= 1e-5 * exact.norm()
+    squares = results[0].double().square().sum()
+    assert abs(slots.double().sum() / squares - 1) < 1e-5
+
+
 def test_nothing_waits_for_the_device():
     model, data = deep("autocast"), batches(64)
     gk.attach(model)

@@ -230,6 +230,14 @@ void GradHooks::invalidate() {
   for (Param& param : params_) param.statistics_version.reset();
 }
 
+bool GradHooks::use_inv_scale() {
+  const Lock lock(*this);
+  if (is_captured_without_) return false;
+  is_inv_scale_used_ = true;
+  factor_task_ = -1;
+  return true;
+}
+
 bool GradHooks::statistics_valid(int64_t index) {
   const Lock lock(*this);
   return are_statistics_valid(params_.at(index));
@@ -498,6 +506,11 @@ void GradHooks::write(Param& param, c10::function_ref<bool(const MainGrad&)> add
 
 // Prepared once a backward: inv_scale may have changed since the last one.
 const Factor& GradHooks::factor() {
+  if (!is_inv_scale_used_) {
+    is_captured_without_ = is_captured_without_ || backend_.capture_id(device_) != 0;
+    factor_ = {scale_, nullptr, nullptr};
+    return factor_;
+  }
   const int task = autograd::get_current_graph_task_id();
   const auto stream = current_stream(device_);
   if (task < 0 || task != factor_task_ || stream != factor_stream_) {

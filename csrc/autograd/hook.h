@@ -68,6 +68,10 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   void expose(int64_t index);
   // Declares the statistics slots stale.
   void invalidate();
+  // From now on inv_scale may be another number than 1; false when a graph was captured that would
+  // not see it. Until then fused modules leave it out: with a factor that the host knows, kernels
+  // are faster.
+  bool use_inv_scale();
   // Whether the slots of a parameter describe its `.grad`, as far as version counters tell.
   bool statistics_valid(int64_t index);
   // What the parameter's window has summed so far, or none: main, unless `.grad` is another tensor.
@@ -153,6 +157,8 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   at::Tensor scalars_;                 // its memory
   int factor_task_ = -1;
   std::optional<c10::Stream> factor_stream_;
+  bool is_inv_scale_used_ = false;
+  bool is_captured_without_ = false;  // a graph without inv_scale
 };
 
 }  // namespace gradacc

@@ -155,6 +155,20 @@ std::shared_ptr<const Algorithms> find_algorithms(const Matmul& matmul, const Ke
   return algorithms;
 }
 
+// cuBLASLt does not say how an algorithm schedules its warpgroups; its kernels for Hopper with
+// tiles too large for the registers of one cooperate, and these two take turns.
+size_t find_pingpong(const Algorithms& algorithms) {
+  for (const uint32_t wanted : {CUBLASLT_MATMUL_TILE_128x128, CUBLASLT_MATMUL_TILE_128x160})
+    for (size_t rank = 0; rank < algorithms.size(); ++rank) {
+      uint32_t tile = CUBLASLT_MATMUL_TILE_UNDEFINED;
+      size_t written = 0;
+      cublasLtMatmulAlgoConfigGetAttribute(&algorithms[rank].algo, CUBLASLT_ALGO_CONFIG_TILE_ID,
+                                           &tile, sizeof(tile), &written);
+      if (tile == wanted) return rank;
+    }
+  return 0;
+}
+
 }  // namespace
 
 int64_t cublaslt_version() { return static_cast<int64_t>(cublasLtGetVersion()); }
@@ -181,7 +195,8 @@ void cublaslt_weight_grad(const WeightGrad& p, const float* scalars, bool are_on
                 are_on_host,
                 alignments};
   const auto algorithms = find_algorithms(matmul, key, alignments);
-  const auto rank = static_cast<size_t>(algorithm) < algorithms->size() ? algorithm : 0;
+  size_t rank = algorithm == kCublasLtPingpong ? find_pingpong(*algorithms) : algorithm;
+  if (rank >= algorithms->size()) rank = 0;
   const auto& chosen = (*algorithms)[rank];
   const auto workspace = at::empty({static_cast<int64_t>(chosen.workspaceSize)},
                                    at::TensorOptions().dtype(at::kByte).device(device));

@@ -10,12 +10,15 @@ namespace gradacc {
 
 // How many of cuBLASLt's algorithms for a shape are at choice, from the one that it ranks first on.
 constexpr int kCublasLtAlgorithms = 8;
+// In place of a rank: the first algorithm whose warpgroups take turns, so that one reads and writes
+// main while the other multiplies.
+constexpr int kCublasLtPingpong = kCublasLtAlgorithms;
 
 int64_t cublaslt_version();
 
 // main (+)= s * grad_outputᵀ input on the current stream, without statistics. scalars: {s, 0, 1},
-// in device memory or, where `are_on_host`, in the host's. `algorithm` is cuBLASLt's rank; the
-// first one where it has fewer.
+// in device memory or, where `are_on_host`, in the host's: then its kernels know that they add, and
+// are up to a fifth faster. `algorithm` is cuBLASLt's rank; the first one where it has fewer.
 void cublaslt_weight_grad(const WeightGrad& problem, const float* scalars, bool are_on_host,
                           int algorithm, at::Device device);
 

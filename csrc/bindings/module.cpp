@@ -64,6 +64,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     std::vector<std::string> names;
     for (int i = 0; i < gradacc::cuda::wgrad_cutlass_count(); ++i)
       names.emplace_back(gradacc::cuda::wgrad_cutlass_name(i));
+    names.emplace_back("cublaslt:pingpong");
     for (int i = 0; i < gradacc::kCublasLtAlgorithms; ++i)
       names.push_back("cublaslt:" + std::to_string(i));
     return names;
@@ -89,6 +90,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("remove", &GradHooks::remove, NoGil())
       .def("expose", &GradHooks::expose, NoGil())
       .def("invalidate", &GradHooks::invalidate, NoGil())
+      .def("use_inv_scale", &GradHooks::use_inv_scale, NoGil())
       .def("statistics_valid", &GradHooks::statistics_valid, NoGil())
       .def("current", &GradHooks::current, NoGil());
 

@@ -34,6 +34,7 @@ constexpr int kWide = 0, kSingle = 1;
 
 int parse(const std::string& name) {
   const std::string prefix = "cublaslt:";
+  if (name == prefix + "pingpong") return kCublasLt - kCublasLtPingpong;
   if (name.rfind(prefix, 0) == 0) {
     const int rank = std::atoi(name.c_str() + prefix.size());
     if (0 <= rank && rank < kCublasLtAlgorithms) return kCublasLt - rank;
@@ -45,21 +46,22 @@ int parse(const std::string& name) {
 
 // From sweeps of 40 instances and cuBLASLt's first 8 algorithms over outputs of 1M to 263M elements
 // at 64 to 16384 tokens on an H200. Outputs with fewer tiles than the GPU has processors need the
-// smaller tiles of cuBLASLt. At many tokens the reads and writes of main are hidden in either, and
-// its products are the faster ones where a launch lasts for milliseconds.
-int rule(const WeightGrad& problem) {
+// smaller tiles of cuBLASLt. With many tokens the reads and writes of main are hidden in either,
+// and its products are the faster ones, where its kernels know that they add.
+int rule(const WeightGrad& problem, bool is_scale_on_host) {
   constexpr int64_t kFewElements = int64_t{1} << 21, kSomeElements = int64_t{1} << 23,
-                    kManyElements = int64_t{1} << 26;
-  constexpr int64_t kManyTokens = 6144;
+                    kManyElements = int64_t{1} << 27;
+  constexpr int64_t kSomeTokens = 768, kManyTokens = 1536;
   const int64_t elements = problem.batch * problem.out_features * problem.in_features;
   if (elements < kFewElements) return kCublasLt;
-  if (elements >= kManyElements && problem.tokens >= kManyTokens) return kCublasLt;
+  if (is_scale_on_host && problem.tokens >= (elements >= kManyElements ? kSomeTokens : kManyTokens))
+    return kCublasLt - kCublasLtPingpong;
   return elements < kSomeElements ? kSingle : kWide;
 }
 
 }  // namespace
 
-int choose_weight_grad(const WeightGrad& problem) {
+int choose_weight_grad(const WeightGrad& problem, bool is_scale_on_host) {
   Table& known = table();
   {
     const std::lock_guard<std::mutex> lock(known.mutex);
@@ -70,7 +72,7 @@ int choose_weight_grad(const WeightGrad& problem) {
       if (found != known.choices.end()) return found->second;
     }
   }
-  return rule(problem);
+  return rule(problem, is_scale_on_host);
 }
 
 // From whole micro-batches of models of 0.1B, 1.5B and 8B shapes at 64 to 4096 tokens on an H200.

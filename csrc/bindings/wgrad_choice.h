@@ -2,7 +2,8 @@
 // measured (python -m gradacc_kernels tune) and that is read once. Nothing is timed here, so the
 // same shapes take the same kernels, and give the same bits, on each run.
 //
-// A choice is the number of a CUTLASS instance, or -1 - rank of a cuBLASLt algorithm.
+// A choice is the number of a CUTLASS instance, or -1 - rank of a cuBLASLt algorithm, or -1 -
+// kCublasLtPingpong.
 
 #pragma once
 
@@ -14,8 +15,10 @@
 
 namespace gradacc {
 
-int choose_weight_grad(const WeightGrad& problem);
-// Overrides the rule for one shape: the name of a CUTLASS instance, or "cublaslt:<rank>".
+// is_scale_on_host: whether the factor is a number of the host's, not one in device memory.
+int choose_weight_grad(const WeightGrad& problem, bool is_scale_on_host);
+// Overrides the rule for one shape: the name of a CUTLASS instance, "cublaslt:<rank>" or
+// "cublaslt:pingpong".
 void set_weight_grad_choice(int64_t out_features, int64_t in_features, int64_t tokens, bool store,
                             const std::string& name);
 void clear_weight_grad_choices();

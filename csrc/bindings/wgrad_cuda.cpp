@@ -79,7 +79,7 @@ bool cuda_weight_grad(const at::Tensor& main, const at::Tensor& grad_output,
   }
 
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const int choice = choose_weight_grad(problem);
+  const int choice = choose_weight_grad(problem, !factor.inv_scale);
   if (0 <= choice && choice < cuda::wgrad_cutlass_count() &&
       cuda::wgrad_cutlass_takes(choice, problem)) {
     const int code = cuda::wgrad_cutlass(choice, problem, factor.scale, factor.inv_scale, stream);
