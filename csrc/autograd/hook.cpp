@@ -25,8 +25,9 @@ namespace gradacc {
 
 namespace autograd = torch::autograd;
 
-// What additions beside backward read may take so much memory; backward waits before it is more.
-constexpr int64_t kBesideBytes = int64_t{128} << 20;
+// What several additions beside backward read may take so much memory; backward waits before it is
+// more.
+constexpr int64_t kBesideBytes = int64_t{64} << 20;
 
 class GradHooks::PreHook : public autograd::FunctionPreHook {
  public:
@@ -106,13 +107,13 @@ struct GradHooks::Backward {
 
   ~Backward() {
     std::vector<at::Tensor> retired;
-    wait(0, retired);
+    wait(0, 0, retired);
   }
 
-  // Has backward's stream wait for the oldest additions until the others read at most so much;
-  // what those read goes to `retired`.
-  void wait(int64_t most_bytes, std::vector<at::Tensor>& retired) {
-    while (!beside.empty() && beside_bytes > most_bytes) {
+  // Has backward's stream wait for the oldest additions until the others are at most so many, or
+  // read at most so much; what those read goes to `retired`.
+  void wait(size_t most, int64_t most_bytes, std::vector<at::Tensor>& retired) {
+    while (beside.size() > most && beside_bytes > most_bytes) {
       Addition& oldest = beside.front();
       oldest.done.block(oldest.stream);
       std::move(oldest.reads.begin(), oldest.reads.end(), std::back_inserter(retired));
@@ -380,7 +381,7 @@ void GradHooks::finish(Backward& backward) {
   flush(backward);
   if (backward.beside.empty()) return;
   order(*beside_, *current_stream(device_));
-  backward.wait(0, retired_);
+  backward.wait(0, 0, retired_);
 }
 
 void GradHooks::enqueue(Entry entry) {
@@ -484,7 +485,7 @@ bool GradHooks::add_beside(int64_t index, std::vector<at::Tensor> reads,
       done.record(*beside_);
       backward->beside.push_back({std::move(reads), bytes, *here, std::move(done)});
       backward->beside_bytes += bytes;
-      backward->wait(kBesideBytes, retired_);
+      backward->wait(1, kBesideBytes, retired_);
       return true;
     }
   }
