@@ -120,7 +120,10 @@ def time_step(
         return wall_timing(sample_wall(step, seconds=0, min_repetitions=2), calls)
     graph = capture(step, warm_up)
     try:
-        return time_replays(graph, calls=calls, seconds=0.3 if is_quick else 0.6, min_repetitions=5)
+        least = 3 if calls > 1 else 5
+        return time_replays(
+            graph, calls=calls, seconds=0.3 if is_quick else 0.6, min_repetitions=least
+        )
     finally:
         graph.reset()
 

@@ -53,7 +53,7 @@ LOOKUPS = {"cuda": [256, 512, 1024, 2048, 4096, 8192], "cpu": [32]}
 QUICK_LOOKUPS = [1024, 4096]
 BACKENDS = {"cuda": ["cuda", "triton"], "cpu": ["cpu"]}
 CALIBRATION = {"cuda": (8192, 1 << 28), "cpu": (256, 1 << 20)}
-GRAPH_US = 10000  # of calls share the launch of a graph
+GRAPH_US = 5000  # of calls share the launch of a graph
 PIECE = 1 << 26  # elements that are checked at a time
 
 # Truncated sums of a tensor core add up to a bias of a few 1e-5; a 16-bit sum is off by 1e-3, and

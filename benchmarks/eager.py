@@ -238,7 +238,7 @@ def run_model(
 ) -> list[dict]:
     """Returns the rows of one model: the ways take turns, and their samples are put together."""
     ways = ours(family)
-    rounds, seconds = (1, 0.3) if options.quick else (2, 0.4)
+    rounds, seconds = (1, 0.5) if options.quick else (2, 0.4)
     if device.type == "cpu":
         rounds, seconds = 1, 0
     found: dict[tuple[int, str], dict] = {}

@@ -176,6 +176,5 @@ def all_ways() -> list[Way]:
         Way("Python hook, main.add_(grad)", "bf16", PythonHook, "peer"),
         Way("torch.addmm into float32, Python hook", "bf16", Addmm, "peer"),
         *ours("bf16"),
-        Way("gradients thrown away", "autocast", ThrownAway, "floor"),
         *ours("autocast"),
     ]
