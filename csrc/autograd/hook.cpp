@@ -25,8 +25,8 @@ namespace gradacc {
 
 namespace autograd = torch::autograd;
 
-// What several additions beside backward read may take so much memory; backward waits before it is
-// more.
+// What additions beside backward read may take so much memory, the largest of them left aside;
+// backward waits before it is more.
 constexpr int64_t kBesideBytes = int64_t{64} << 20;
 
 class GradHooks::PreHook : public autograd::FunctionPreHook {
@@ -103,23 +103,29 @@ struct GradHooks::Backward {
   int64_t bytes = 0;
   int64_t batch = 0;  // counts the launches
   std::deque<Addition> beside;
-  int64_t beside_bytes = 0;
 
   ~Backward() {
     std::vector<at::Tensor> retired;
-    wait(0, 0, retired);
+    while (!beside.empty()) wait_for_oldest(retired);
   }
 
-  // Has backward's stream wait for the oldest additions until the others are at most so many, or
-  // read at most so much; what those read goes to `retired`.
-  void wait(size_t most, int64_t most_bytes, std::vector<at::Tensor>& retired) {
-    while (beside.size() > most && beside_bytes > most_bytes) {
-      Addition& oldest = beside.front();
-      oldest.done.block(oldest.stream);
-      std::move(oldest.reads.begin(), oldest.reads.end(), std::back_inserter(retired));
-      beside_bytes -= oldest.bytes;
-      beside.pop_front();
+  // Has backward's stream wait for the oldest addition; what that reads goes to `retired`.
+  void wait_for_oldest(std::vector<at::Tensor>& retired) {
+    Addition& oldest = beside.front();
+    oldest.done.block(oldest.stream);
+    std::move(oldest.reads.begin(), oldest.reads.end(), std::back_inserter(retired));
+    beside.pop_front();
+  }
+
+  // What the additions read, but for the largest: that of a language model's head would make
+  // backward wait for it at once.
+  int64_t beside_bytes() const {
+    int64_t sum = 0, largest = 0;
+    for (const Addition& addition : beside) {
+      sum += addition.bytes;
+      largest = std::max(largest, addition.bytes);
     }
+    return sum - largest;
   }
 };
 
@@ -381,7 +387,7 @@ void GradHooks::finish(Backward& backward) {
   flush(backward);
   if (backward.beside.empty()) return;
   order(*beside_, *current_stream(device_));
-  backward.wait(0, 0, retired_);
+  while (!backward.beside.empty()) backward.wait_for_oldest(retired_);
 }
 
 void GradHooks::enqueue(Entry entry) {
@@ -484,8 +490,7 @@ bool GradHooks::add_beside(int64_t index, std::vector<at::Tensor> reads,
       c10::Event done(device_.type());
       done.record(*beside_);
       backward->beside.push_back({std::move(reads), bytes, *here, std::move(done)});
-      backward->beside_bytes += bytes;
-      backward->wait(1, kBesideBytes, retired_);
+      while (backward->beside_bytes() > kBesideBytes) backward->wait_for_oldest(retired_);
       return true;
     }
   }
