@@ -77,21 +77,22 @@ using Key = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t
                        int32_t, int32_t, bool, bool, bool, std::array<uint32_t, 3>>;
 using Algorithms = std::vector<cublasLtMatmulHeuristicResult_t>;
 
+struct Matmul {
+  Operation operation;
+  Layout input, grad_output, main;
+  Algorithms algorithms;  // as cuBLASLt ranks them
+};
+
 struct Cache {
   static constexpr size_t kMaxEntries = 4096;
   std::mutex mutex;
-  std::map<Key, std::shared_ptr<const Algorithms>> entries;
+  std::map<Key, std::shared_ptr<const Matmul>> entries;
 };
 
 Cache& cache() {
   static Cache instance;
   return instance;
 }
-
-struct Matmul {
-  Operation operation;
-  Layout input, grad_output, main;
-};
 
 Matmul describe(const WeightGrad& p, bool is_tf32_allowed, bool are_on_host) {
   const auto type = data_type(p.type);
@@ -106,7 +107,8 @@ Matmul describe(const WeightGrad& p, bool is_tf32_allowed, bool are_on_host) {
       make_layout(type, p.out_features, p.tokens, p.grad_output_stride, p.batch,
                   p.grad_output_batch_stride),
       make_layout(CUDA_R_32F, p.in_features, p.out_features, p.in_features, p.batch,
-                  p.out_features * p.in_features)};
+                  p.out_features * p.in_features),
+      {}};
   const cublasOperation_t transpose = CUBLAS_OP_T;
   const cublasLtPointerMode_t mode =
       are_on_host ? CUBLASLT_POINTER_MODE_HOST : CUBLASLT_POINTER_MODE_DEVICE;
@@ -119,13 +121,7 @@ Matmul describe(const WeightGrad& p, bool is_tf32_allowed, bool are_on_host) {
   return matmul;
 }
 
-std::shared_ptr<const Algorithms> find_algorithms(const Matmul& matmul, const Key& key,
-                                                  const std::array<uint32_t, 3>& alignments) {
-  Cache& known = cache();
-  const std::lock_guard<std::mutex> lock(known.mutex);
-  const auto found = known.entries.find(key);
-  if (found != known.entries.end()) return found->second;
-
+Algorithms find_algorithms(const Matmul& matmul, const std::array<uint32_t, 3>& alignments) {
   cublasLtMatmulPreference_t preference;
   check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
   const Preference owned(preference);
@@ -141,17 +137,15 @@ std::shared_ptr<const Algorithms> find_algorithms(const Matmul& matmul, const Ke
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignments[1]);
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignments[2]);
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignments[2]);
-  auto algorithms = std::make_shared<Algorithms>(kCublasLtAlgorithms);
+  Algorithms algorithms(kCublasLtAlgorithms);
   int count = 0;
   check(cublasLtMatmulAlgoGetHeuristic(
             at::cuda::getCurrentCUDABlasLtHandle(), matmul.operation.get(), matmul.input.get(),
             matmul.grad_output.get(), matmul.main.get(), matmul.main.get(), preference,
-            kCublasLtAlgorithms, algorithms->data(), &count),
+            kCublasLtAlgorithms, algorithms.data(), &count),
         "cublasLtMatmulAlgoGetHeuristic");
   TORCH_CHECK(count > 0, "gradacc_kernels: cuBLASLt has no algorithm for this weight gradient");
-  algorithms->resize(count);
-  if (known.entries.size() >= Cache::kMaxEntries) known.entries.clear();
-  known.entries.emplace(key, algorithms);
+  algorithms.resize(count);
   return algorithms;
 }
 
@@ -169,6 +163,21 @@ size_t find_pingpong(const Algorithms& algorithms) {
   return 0;
 }
 
+// The description of a product with its algorithms, made once for a key.
+std::shared_ptr<const Matmul> find_matmul(const WeightGrad& p, const Key& key,
+                                          const std::array<uint32_t, 3>& alignments,
+                                          bool is_tf32_allowed, bool are_on_host) {
+  Cache& known = cache();
+  const std::lock_guard<std::mutex> lock(known.mutex);
+  const auto found = known.entries.find(key);
+  if (found != known.entries.end()) return found->second;
+  auto matmul = std::make_shared<Matmul>(describe(p, is_tf32_allowed, are_on_host));
+  matmul->algorithms = find_algorithms(*matmul, alignments);
+  if (known.entries.size() >= Cache::kMaxEntries) known.entries.clear();
+  known.entries.emplace(key, matmul);
+  return matmul;
+}
+
 }  // namespace
 
 int64_t cublaslt_version() { return static_cast<int64_t>(cublasLtGetVersion()); }
@@ -176,7 +185,6 @@ int64_t cublaslt_version() { return static_cast<int64_t>(cublasLtGetVersion()); 
 void cublaslt_weight_grad(const WeightGrad& p, const float* scalars, bool are_on_host,
                           int algorithm, at::Device device) {
   const bool is_tf32_allowed = at::globalContext().allowTF32CuBLAS();
-  const Matmul matmul = describe(p, is_tf32_allowed, are_on_host);
   const std::array<uint32_t, 3> alignments{alignment_of(p.input), alignment_of(p.grad_output),
                                            alignment_of(p.main)};
   const Key key{device.index(),
@@ -194,16 +202,17 @@ void cublaslt_weight_grad(const WeightGrad& p, const float* scalars, bool are_on
                 is_tf32_allowed,
                 are_on_host,
                 alignments};
-  const auto algorithms = find_algorithms(matmul, key, alignments);
-  size_t rank = algorithm == kCublasLtPingpong ? find_pingpong(*algorithms) : algorithm;
-  if (rank >= algorithms->size()) rank = 0;
-  const auto& chosen = (*algorithms)[rank];
+  const auto matmul = find_matmul(p, key, alignments, is_tf32_allowed, are_on_host);
+  const Algorithms& algorithms = matmul->algorithms;
+  size_t rank = algorithm == kCublasLtPingpong ? find_pingpong(algorithms) : algorithm;
+  if (rank >= algorithms.size()) rank = 0;
+  const auto& chosen = algorithms[rank];
   const auto workspace = at::empty({static_cast<int64_t>(chosen.workspaceSize)},
                                    at::TensorOptions().dtype(at::kByte).device(device));
-  check(cublasLtMatmul(at::cuda::getCurrentCUDABlasLtHandle(), matmul.operation.get(), scalars,
-                       p.input, matmul.input.get(), p.grad_output, matmul.grad_output.get(),
-                       scalars + (p.store ? 1 : 2), p.main, matmul.main.get(), p.main,
-                       matmul.main.get(), &chosen.algo, workspace.mutable_data_ptr(),
+  check(cublasLtMatmul(at::cuda::getCurrentCUDABlasLtHandle(), matmul->operation.get(), scalars,
+                       p.input, matmul->input.get(), p.grad_output, matmul->grad_output.get(),
+                       scalars + (p.store ? 1 : 2), p.main, matmul->main.get(), p.main,
+                       matmul->main.get(), &chosen.algo, workspace.mutable_data_ptr(),
                        chosen.workspaceSize, at::cuda::getCurrentCUDAStream()),
         "cublasLtMatmul");
 }

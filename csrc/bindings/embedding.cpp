@@ -47,13 +47,6 @@ void check_embedding(const char* op, const at::Tensor& main, const at::Tensor& g
   written.check_read("indices", indices);
 }
 
-// The tensor itself where memory holds its values, with rows that are contiguous; else a copy.
-at::Tensor with_plain_rows(const at::Tensor& tensor) {
-  const bool has_rows = tensor.size(-1) <= 1 || tensor.stride(-1) == 1;
-  if (has_rows && !tensor.is_neg() && !tensor._is_zerotensor()) return tensor;
-  return at::empty(tensor.sizes(), tensor.options()).copy_(tensor);
-}
-
 }  // namespace
 
 void embedding_accumulate_(const at::Tensor& main_grad, const at::Tensor& grad_output,
@@ -80,8 +73,8 @@ void embedding_accumulate_(const at::Tensor& main_grad, const at::Tensor& grad_o
 void embedding(const at::Tensor& main, const at::Tensor& grad_output, const at::Tensor& indices,
                int64_t padding_index, float scale, const float* inv_scale, bool store,
                float* partials) {
-  const at::Tensor rows = with_plain_rows(grad_output);
-  const at::Tensor tokens = with_plain_rows(indices);
+  const at::Tensor rows = with_contiguous_rows(grad_output);
+  const at::Tensor tokens = with_contiguous_rows(indices);
   EmbeddingGrad item;
   item.main = static_cast<float*>(main.data_ptr());
   item.grad_output = rows.const_data_ptr();

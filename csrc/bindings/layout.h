@@ -33,6 +33,13 @@ inline at::Tensor as_rows(const at::Tensor& tensor) {
   return tensor.reshape({c10::multiply_integers(leading), tensor.size(-1)});
 }
 
+// The tensor itself where memory holds its values, with rows that are contiguous; else a copy.
+inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
+  const bool has_rows = tensor.size(-1) <= 1 || tensor.stride(-1) == 1;
+  if (has_rows && !tensor.is_neg() && !tensor._is_zerotensor()) return tensor;
+  return at::empty(tensor.sizes(), tensor.options()).copy_(tensor);
+}
+
 // `grad` with its elements where main's are: itself when it has that layout, else a copy of it. A
 // sparse gradient becomes float32 before its duplicate indices are summed, so that nothing is
 // rounded to 16 bits.

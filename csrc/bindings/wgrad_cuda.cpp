@@ -14,14 +14,11 @@
 namespace gradacc {
 namespace {
 
-// The tensor itself where its rows are contiguous in memory; else a copy.
-at::Tensor with_plain_rows(const at::Tensor& tensor) {
-  const int64_t width = tensor.size(-1);
-  const bool has_rows = (width <= 1 || tensor.stride(-1) == 1) &&
-                        (tensor.size(-2) <= 1 || tensor.stride(-2) >= width) &&
-                        (tensor.dim() == 2 || tensor.stride(0) >= 0);
-  if (has_rows && !tensor.is_neg() && !tensor._is_zerotensor()) return tensor;
-  return at::empty(tensor.sizes(), tensor.options()).copy_(tensor);
+// As a library for matrices takes it: rows that are contiguous and do not overlap.
+at::Tensor as_matrix(const at::Tensor& tensor) {
+  if (tensor.size(-2) > 1 && tensor.stride(-2) < tensor.size(-1))
+    return at::empty(tensor.sizes(), tensor.options()).copy_(tensor);
+  return with_contiguous_rows(tensor);
 }
 
 int64_t row_stride(const at::Tensor& tensor) {
@@ -56,7 +53,7 @@ bool cuda_weight_grad(const at::Tensor& main, const at::Tensor& grad_output,
     grouped(main, grad_output, input, *offsets, factor, store);
     return false;
   }
-  const at::Tensor left = with_plain_rows(grad_output), right = with_plain_rows(input);
+  const at::Tensor left = as_matrix(grad_output), right = as_matrix(input);
   WeightGrad problem;
   problem.main = static_cast<float*>(main.data_ptr());
   problem.grad_output = left.const_data_ptr();

@@ -3,9 +3,7 @@
 // Bytes per element with a 16-bit gradient: 10 to add, 6 to store; a slot a chunk besides.
 // Deterministic: every element is written by one thread, every slot by one block.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "elements.cuh"
 #include "launch.cuh"
 
 namespace gradacc::cuda {
@@ -16,15 +14,6 @@ constexpr int kInFlight = 2;  // vectors whose loads are issued before the first
 constexpr int kStep = kThreads * kVecSize;
 static_assert(kChunkSize % (kStep * kInFlight) == 0);
 
-template <typename T>
-struct alignas(sizeof(T) * kVecSize) Vec {
-  T value[kVecSize];
-};
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
 template <bool kStore, typename grad_t>
 __device__ float update(float main, grad_t grad, float scale) {
   return kStore ? to_float(grad) * scale : fmaf(to_float(grad), scale, main);
@@ -32,18 +21,18 @@ __device__ float update(float main, grad_t grad, float scale) {
 
 template <typename grad_t>
 __device__ bool is_vector_aligned(const float* main, const grad_t* grad) {
-  return reinterpret_cast<uintptr_t>(main) % sizeof(Vec<float>) == 0 &&
-         reinterpret_cast<uintptr_t>(grad) % sizeof(Vec<grad_t>) == 0;
+  return reinterpret_cast<uintptr_t>(main) % sizeof(Vec<float, kVecSize>) == 0 &&
+         reinterpret_cast<uintptr_t>(grad) % sizeof(Vec<grad_t, kVecSize>) == 0;
 }
 
 template <bool kStore, typename grad_t>
 __device__ void full_chunk(float* main, const grad_t* grad, float scale, SquareSum& sum) {
-  auto* main_vec = reinterpret_cast<Vec<float>*>(main) + threadIdx.x;
-  const auto* grad_vec = reinterpret_cast<const Vec<grad_t>*>(grad) + threadIdx.x;
+  auto* main_vec = reinterpret_cast<Vec<float, kVecSize>*>(main) + threadIdx.x;
+  const auto* grad_vec = reinterpret_cast<const Vec<grad_t, kVecSize>*>(grad) + threadIdx.x;
 #pragma unroll
   for (int base = 0; base < kChunkSize / kVecSize; base += kThreads * kInFlight) {
-    Vec<float> m[kInFlight];
-    Vec<grad_t> g[kInFlight];
+    Vec<float, kVecSize> m[kInFlight];
+    Vec<grad_t, kVecSize> g[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       g[i] = grad_vec[base + i * kThreads];

@@ -12,12 +12,10 @@
 
 // An index out of range fails an assertion, as in PyTorch, whatever the build's flags.
 #undef NDEBUG
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cassert>
 #include <cub/device/device_radix_sort.cuh>
 
+#include "elements.cuh"
 #include "launch.cuh"
 
 namespace gradacc::cuda {
@@ -153,21 +151,12 @@ __global__ void __launch_bounds__(kBlock)
   if (token < item.tokens) keys[token] = make_key(row_of<index_t>(item, token), token, token_bits);
 }
 
-template <typename T, int kSize>
-struct alignas(sizeof(T) * kSize) Vec {
-  T value[kSize];
-};
-
 __device__ void store(float* to, const Vec<float, 1>& x) { *to = x.value[0]; }
 // One access of 16 bytes, where the compiler would make four of an assignment.
 __device__ void store(float* to, const Vec<float, 4>& x) {
   __stwb(reinterpret_cast<float4*>(to),
          make_float4(x.value[0], x.value[1], x.value[2], x.value[3]));
 }
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 // What the kernels after the sort share.
 struct Pass {
