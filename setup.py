@@ -32,6 +32,7 @@ CPU_SOURCES = [
     "csrc/autograd/fused_weight.cpp",
     "csrc/autograd/hook.cpp",
     "csrc/autograd/node.cpp",
+    "csrc/autograd/shared_input.cpp",
     "csrc/bindings/cpu.cpp",
     "csrc/bindings/embedding.cpp",
     "csrc/bindings/module.cpp",

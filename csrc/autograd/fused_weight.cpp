@@ -87,27 +87,46 @@ class ProductBackward : public FusedNode {
     return fused_->weight_.to(cast_.scalar_type());
   }
 
-  // In the dtype of the input as it was given. A float32 one, under autocast, gets the sums before
-  // they are rounded: no 16-bit gradient is written to be cast afterwards.
+  // The gradient of the input, in the dtype in which that was given; or nothing, where it has been
+  // added to the sum that all readers of the input share.
   at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& weight, at::IntArrayRef sizes,
                             bool is_tracked) const {
     const at::Tensor matrix = fused_->matrix(weight, product_);
-    const bool is_wide =
-        !is_tracked && dy.is_cuda() && input_dtype_ == at::kFloat && dy.scalar_type() != at::kFloat;
-    at::Tensor grad;
     switch (product_.form) {
       case FusedWeight::Form::kLinear: {
         const at::Tensor rows = as_rows(dy);
-        grad = (is_wide ? at::mm(rows, matrix, at::kFloat) : rows.mm(matrix)).view(sizes);
-        break;
+        auto* shared = dynamic_cast<SharedInputNode*>(next_edge(kInput).function.get());
+        if (is_tracked || !shared) return rows.mm(matrix).view(sizes).to(input_dtype_);
+        shared->add([&](at::Tensor& sum) { add_product(sum, rows, matrix, sizes); });
+        return {};
       }
       case FusedWeight::Form::kBatched:
-        grad = is_wide ? at::bmm(dy, matrix, at::kFloat) : dy.bmm(matrix);
-        break;
+        return dy.bmm(matrix).to(input_dtype_);
       default:
-        grad = at::_grouped_mm(dy, matrix, product_.offsets);
+        return at::_grouped_mm(dy, matrix, product_.offsets).to(input_dtype_);
     }
-    return grad.to(input_dtype_);
+  }
+
+  // sum = rows * matrix, + sum where there is one. Under autocast, for a float32 input, the
+  // products are added before they are rounded: no 16-bit gradient is written to be cast
+  // afterwards.
+  void add_product(at::Tensor& sum, const at::Tensor& rows, const at::Tensor& matrix,
+                   at::IntArrayRef sizes) const {
+    const auto type = rows.scalar_type();
+    const bool is_wide = rows.is_cuda() && input_dtype_ == at::kFloat && type != at::kFloat;
+    if (!sum.defined()) {
+      sum = (is_wide ? at::mm(rows, matrix, at::kFloat) : rows.mm(matrix)).view(sizes);
+      sum = sum.to(input_dtype_);
+      return;
+    }
+    at::Tensor target = sum.view({rows.size(0), matrix.size(1)});
+    if (is_wide) {
+      at::addmm_out(target, target, rows, matrix, at::kFloat);
+    } else if (type == input_dtype_) {
+      target.addmm_(rows, matrix);
+    } else {
+      target.add_(rows.mm(matrix));
+    }
   }
 
   // The two operands of the weight gradient, left ᵀ right, in the weight's own orientation.
@@ -212,8 +231,8 @@ std::optional<at::Tensor> FusedWeight::multiply(const at::Tensor& given, Product
     if (weight_.scalar_type() != dtype && weight_.scalar_type() != at::kFloat) return std::nullopt;
     if (!given.is_floating_point() || given.scalar_type() == at::kDouble) return std::nullopt;
   }
-  const at::Tensor input = is_autocast ? hooks->cast_input(given, dtype) : given;
-  if (input.scalar_type() != dtype) return std::nullopt;
+  if (!is_autocast && given.scalar_type() != dtype) return std::nullopt;
+  const auto [input, shared] = hooks->read(given, dtype);
 
   at::Tensor cast, output;
   {
@@ -225,7 +244,9 @@ std::optional<at::Tensor> FusedWeight::multiply(const at::Tensor& given, Product
     node = make_node<ProductBackward>(shared_from_this(), hooks, product, given.scalar_type(),
                                       bias ? bias->scalar_type() : dtype);
     // Past the cast of the input, whose backward is in input_gradient.
-    node->set_next_edges(autograd::collect_next_edges(given, weight_, bias ? *bias : at::Tensor()));
+    auto edges = autograd::collect_next_edges(given, weight_, bias ? *bias : at::Tensor());
+    if (shared && product.form == Form::kLinear) edges[0] = autograd::Edge(shared, 0);
+    node->set_next_edges(std::move(edges));
     // Before the product: a checkpoint stops recomputing at the last tensor that is saved.
     node->save(input, cast);
   }

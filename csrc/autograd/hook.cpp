@@ -542,11 +542,11 @@ at::Tensor GradHooks::cast(int64_t index, at::ScalarType dtype) {
                         backend_.capture_id(device_));
 }
 
-at::Tensor GradHooks::cast_input(const at::Tensor& input, at::ScalarType dtype) {
-  if (input.scalar_type() == dtype) return input;
-  if (input.is_inference()) return input.to(dtype);  // it has no version to compare
+SharedInput::Reading GradHooks::read(const at::Tensor& activation, at::ScalarType dtype) {
+  if (activation.is_inference()) return {activation.to(dtype), {}};  // no version, no gradient
   const Lock lock(*this);
-  return input_cast_.get(input, dtype, current_stream(device_), backend_.capture_id(device_));
+  return shared_input_.read(activation, dtype, current_stream(device_),
+                            backend_.capture_id(device_));
 }
 
 }  // namespace gradacc

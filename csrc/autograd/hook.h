@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "../bindings/backend.h"
-#include "input_cast.h"
+#include "shared_input.h"
 #include "window_cast.h"
 
 namespace gradacc {
@@ -91,8 +91,8 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
                   c10::function_ref<bool(const MainGrad&)> add);
   // The parameter as a fused module's forward reads it: itself, or its copy of `dtype`.
   at::Tensor cast(int64_t index, at::ScalarType dtype);
-  // The input of such a forward as it reads it.
-  at::Tensor cast_input(const at::Tensor& input, at::ScalarType dtype);
+  // An activation as such a forward reads it.
+  SharedInput::Reading read(const at::Tensor& activation, at::ScalarType dtype);
   at::Device device() const { return device_; }
 
  private:
@@ -151,7 +151,7 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   std::vector<std::weak_ptr<Backward>> backwards_;  // those under way
   std::vector<Accumulation> items_;                 // scratch of commit
   std::vector<at::Tensor> retired_;                 // what `.grad` gave up, until the mutex is free
-  InputCast input_cast_;
+  SharedInput shared_input_;
   std::optional<c10::Stream> beside_;  // made at its first use
   Factor factor_;                      // of the backward and stream below
   at::Tensor scalars_;                 // its memory

@@ -3,9 +3,11 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/util/intrusive_ptr.h>
 #include <torch/csrc/autograd/function.h>
 
 #include <memory>
+#include <optional>
 #include <type_traits>
 #include <utility>
 
@@ -23,6 +25,27 @@ auto make_node(Args&&... args) {
     return c10::make_intrusive<T>(std::forward<Args>(args)...);
   }
 }
+
+// A weak reference to what a node pointer refers to: default-constructed, assigned from a pointer,
+// and locked to one, which may be null.
+template <typename Pointer>
+class WeakPointer {
+ public:
+  WeakPointer() = default;
+  WeakPointer& operator=(const Pointer& pointer) {
+    weak_.emplace(pointer);
+    return *this;
+  }
+  Pointer lock() const { return weak_ ? weak_->lock() : Pointer(); }
+
+ private:
+  template <typename T>
+  static std::weak_ptr<T> weak_of(const std::shared_ptr<T>&);
+  template <typename T>
+  static c10::weak_intrusive_ptr<T> weak_of(const c10::intrusive_ptr<T>&);
+
+  std::optional<decltype(weak_of(std::declval<Pointer>()))> weak_;
+};
 
 // Whether kernels may work on a tensor's memory: no subclass, no transform of torch.func, no
 // forward derivative, no tracer.

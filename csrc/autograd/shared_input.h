@@ -1,0 +1,80 @@
+// What fused products that read the same activation share, as the query, key and value projections
+// of a layer do: its 16-bit copy under autocast, and the sum of its gradient.
+//
+//   x.grad = sum over the products of dy W        each product adds its part: sum = dy W + sum
+//
+// Autograd alone would have each product write a gradient of its own, and add those in passes over
+// memory, rounded to the dtype of the activation.
+
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/core/Stream.h>
+#include <c10/core/UndefinedTensorImpl.h>
+#include <c10/util/FunctionRef.h>
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <utility>
+
+#include "node.h"
+
+namespace gradacc {
+
+// Takes the gradients that products have in their input, and hands on the sum. A product adds to it
+// by `add`, and then sends no gradient along its edge; one that has to send a tensor may.
+class SharedInputNode : public FusedNode {
+ public:
+  std::string name() const override { return "FusedInputBackward"; }
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
+  void release_variables() override;
+
+  // Calls `add` on the sum of the backward under way, which is undefined at first.
+  void add(c10::function_ref<void(at::Tensor& sum)> add);
+
+ private:
+  std::map<int, at::Tensor> sums_;  // of each backward under way
+};
+
+using SharedInputPointer = decltype(make_node<SharedInputNode>());
+
+// The last activation that was read. Held weakly: all of it lives as long as the backward nodes of
+// its readers.
+class SharedInput {
+ public:
+  struct Reading {
+    at::Tensor input;         // in the dtype of the product, differentiable in the activation
+    SharedInputPointer node;  // null where the activation needs no gradient
+  };
+
+  // stream: the current one, on which others must not read the copy. capture_id: what is made
+  // inside a graph capture is that graph's.
+  Reading read(const at::Tensor& activation, at::ScalarType dtype,
+               std::optional<c10::Stream> stream, uint64_t capture_id);
+
+ private:
+  using WeakTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+
+  struct State {
+    int64_t version = -1;
+    at::ScalarType dtype = at::kFloat;
+    bool is_tracked = false;
+    std::optional<c10::Stream> stream;
+    uint64_t capture_id = 0;
+
+    bool operator==(const State& other) const {
+      return version == other.version && dtype == other.dtype && is_tracked == other.is_tracked &&
+             stream == other.stream && capture_id == other.capture_id;
+    }
+  };
+
+  static WeakTensor weak(const at::Tensor& tensor) { return WeakTensor(tensor.getIntrusivePtr()); }
+
+  State state_;
+  WeakTensor activation_ = weak(at::Tensor());
+  WeakTensor copy_ = weak(at::Tensor());
+  WeakPointer<SharedInputPointer> node_;
+};
+
+}  // namespace gradacc

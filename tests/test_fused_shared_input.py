@@ -1,0 +1,348 @@
+"""Fused layers that read one activation: one 16-bit copy of it, and one sum of its gradient."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from fused_cases import Written, assert_equal, every_device, fused, grads, is_fused
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+READERS = 3
+FAMILIES = pytest.mark.parametrize("family", ["float32", "bfloat16", "autocast"])
+WIDTH = 16
+
+
+class Readers(nn.Module):
+    """The projections of an attention, without it."""
+
+    def __init__(self, readers=READERS):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, 8 + i) for i in range(readers))
+
+    def forward(self, x):
+        return [layer(x) for layer in self.layers]
+
+
+def pair(device, family, **options):
+    """A stock copy, and the fused model."""
+    torch.manual_seed(0)
+    model = Readers(**options).to(device, torch.bfloat16 if family == "bfloat16" else torch.float32)
+    return copy.deepcopy(model), fused(model)
+
+
+def activation(device, family, *shape):
+    """A tensor with a node of its own, and the leaf behind it."""
+    dtype = torch.bfloat16 if family == "bfloat16" else torch.float32
+    leaf = torch.randn(*(shape or (2, 5, WIDTH)), device=device).to(dtype).requires_grad_()
+    return leaf, leaf * 1
+
+
+def run(model, x, family):
+    device = x.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=family == "autocast"):
+        return model(x)
+
+
+def loss(outputs):
+    return sum((i + 1) * y.float().square().sum() for i, y in enumerate(outputs))
+
+
+def close(ours, theirs, family):
+    assert ours.dtype == theirs.dtype
+    unit = 2.0**-20 if family == "float32" else 2.0**-6
+    limit = unit * theirs.abs().max().item()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=limit)
+
+
+@every_device
+@FAMILIES
+@pytest.mark.parametrize("is_residual", [False, True], ids=["readers alone", "and a residual"])
+def test_the_sum_is_that_of_stock(device, family, is_residual):
+    stock, model = pair(device, family)
+    results = []
+    leaf, _ = activation(device, family)
+    for net in (stock, model):
+        x = leaf.detach().clone().requires_grad_()
+        hidden = x * 1
+        outputs = run(net, hidden, family)
+        assert all(is_fused(y) for y in outputs) == (net is model)
+        if is_residual:
+            outputs = [*outputs, hidden]
+        loss(outputs).backward()
+        results.append((x.grad, *grads(net)))
+    for theirs, ours in zip(*results, strict=True):
+        close(ours, theirs.to(ours.dtype), family)
+
+
+@every_device
+def test_no_farther_from_the_truth_than_stock(device):
+    """The sum of three rounded gradients, and one that is rounded when the third is added."""
+    stock, model = pair(device, "bfloat16")
+    exact = copy.deepcopy(stock).double()
+    leaf, _ = activation(device, "bfloat16", 512, WIDTH)
+    found = {}
+    for name, net in (("stock", stock), ("ours", model), ("exact", exact)):
+        x = leaf.detach().to(torch.float64 if name == "exact" else leaf.dtype).requires_grad_()
+        outputs = net(x * 1)
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+        found[name] = x.grad.double()
+    error = {name: float((found[name] - found["exact"]).norm()) for name in ("stock", "ours")}
+    assert error["ours"] <= 1.01 * error["stock"]
+
+
+@every_device
+def test_the_copy_is_made_once(device):
+    _, model = pair(device, "autocast")
+    _, x = activation(device, "autocast")
+    with Written(x) as written:
+        outputs = run(model, x, "autocast")
+    assert written.count_16_bit() == 1
+    del outputs
+    with Written(x) as written:  # nobody kept it
+        run(model, x, "autocast")
+    assert written.count_16_bit() == 1
+
+
+@every_device
+@FAMILIES
+@pytest.mark.parametrize("used", [(0,), (2,), (0, 2), (1, 2)], ids=str)
+def test_readers_that_take_no_part_in_the_loss(device, family, used):
+    stock, model = pair(device, family)
+    leaf, _ = activation(device, family)
+    results = []
+    for net in (stock, model):
+        x = leaf.detach().clone().requires_grad_()
+        outputs = run(net, x * 1, family)
+        loss([outputs[i] for i in used]).backward()
+        results.append(x.grad)
+    close(results[1], results[0], family)
+
+
+@every_device
+@FAMILIES
+def test_backward_again_over_a_retained_graph(device, family):
+    stock, model = pair(device, family)
+    leaf, _ = activation(device, family)
+    results = []
+    for net in (stock, model):
+        x = leaf.detach().clone().requires_grad_()
+        total = loss(run(net, x * 1, family))
+        total.backward(retain_graph=True)
+        once = x.grad.clone()
+        total.backward()
+        results.append((once, x.grad))
+    for theirs, ours in zip(*results, strict=True):
+        close(ours, theirs, family)
+
+
+@every_device
+@FAMILIES
+@pytest.mark.parametrize("wrt", ["leaf", "activation", "weights", "all"])
+def test_autograd_grad(device, family, wrt):
+    stock, model = pair(device, family)
+    leaf, _ = activation(device, family)
+    results = []
+    for net in (stock, model):
+        x = leaf.detach().clone().requires_grad_()
+        hidden = x * 1
+        targets = {
+            "leaf": [x],
+            "activation": [hidden],
+            "weights": [layer.weight for layer in net.layers],
+            "all": [x, hidden, *(layer.weight for layer in net.layers)],
+        }[wrt]
+        results.append(torch.autograd.grad(loss(run(net, hidden, family)), targets))
+        assert all(grad is None for grad in [x.grad, *grads(net)])
+    for theirs, ours in zip(*results, strict=True):
+        close(ours, theirs, family)
+
+
+@every_device
+def test_backward_with_inputs(device):
+    stock, model = pair(device, "float32")
+    leaf, _ = activation(device, "float32")
+    results = []
+    for net in (stock, model):
+        x = leaf.detach().clone().requires_grad_()
+        loss(net(x * 1)).backward(inputs=[x, net.layers[1].weight])
+        assert net.layers[0].weight.grad is None
+        results.append((x.grad, net.layers[1].weight.grad))
+    for theirs, ours in zip(*results, strict=True):
+        close(ours, theirs, "float32")
+
+
+@every_device
+@pytest.mark.parametrize("family", ["float32", "autocast"])
+def test_double_backward(device, family):
+    stock, model = pair(device, family)
+    leaf, _ = activation(device, family)
+    results = []
+    for net in (stock, model):
+        x = leaf.detach().clone().requires_grad_()
+        (first,) = torch.autograd.grad(loss(run(net, x * 1, family)), x, create_graph=True)
+        first.square().sum().backward()
+        results.append((first.detach(), x.grad, *(layer.weight.grad for layer in net.layers)))
+    for theirs, ours in zip(*results, strict=True):
+        close(ours, theirs, family)
+
+
+@every_device
+@FAMILIES
+def test_a_leaf_that_is_read(device, family):
+    stock, model = pair(device, family)
+    leaf, _ = activation(device, family)
+    results = []
+    for net in (stock, model):
+        x = leaf.detach().clone().requires_grad_()
+        for _ in range(2):
+            loss(run(net, x, family)).backward()
+        results.append(x.grad)
+    close(results[1], results[0], family)
+
+
+@every_device
+def test_a_hook_on_the_activation_sees_the_sum_once(device):
+    stock, model = pair(device, "bfloat16")
+    leaf, _ = activation(device, "bfloat16")
+    seen = []
+    for net in (stock, model):
+        hidden = leaf.detach().clone().requires_grad_() * 1
+        hidden.register_hook(lambda grad: seen.append(grad.clone()))
+        loss(net(hidden)).backward()
+    assert len(seen) == 2
+    close(seen[1], seen[0], "bfloat16")
+
+
+@every_device
+def test_a_hook_on_the_activation_may_change_the_sum(device):
+    _, model = pair(device, "float32")
+    x, hidden = activation(device, "float32")
+    hidden.register_hook(lambda grad: grad * 0 + 7)
+    loss(model(hidden)).backward()
+    assert x.grad.eq(7).all()
+
+
+@every_device
+def test_backward_that_raised_leaves_nothing_behind(device):
+    class Raise(torch.autograd.Function):
+        is_active = False
+
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            if Raise.is_active:
+                raise ValueError("in the middle")
+            return dy
+
+    stock, model = pair(device, "float32")
+    leaf, _ = activation(device, "float32")
+    results = []
+    for net in (stock, model):
+        x = leaf.detach().clone().requires_grad_()
+        outputs = net(x * 1)
+        total = loss([Raise.apply(outputs[0]), *outputs[1:]])
+        if net is model:
+            Raise.is_active = True
+            with pytest.raises(ValueError, match="in the middle"):
+                total.backward(retain_graph=True)
+            Raise.is_active = False
+            model.zero_grad()
+            x.grad = None
+        total.backward()
+        results.append(x.grad)
+    close(results[1], results[0], "float32")
+
+
+@every_device
+def test_backwards_in_several_threads(device):
+    """Each has a sum of its own, over the one graph."""
+    _, model = pair(device, "float32")
+    x, hidden = activation(device, "float32", 64, WIDTH)
+    outputs = model(hidden)
+    losses = [loss([y * (k + 1) for y in outputs]) for k in range(4)]
+    expected = [torch.autograd.grad(each, x, retain_graph=True)[0] for each in losses]
+    wrong = []
+
+    def work(k):
+        for _ in range(50):
+            (found,) = torch.autograd.grad(losses[k], x, retain_graph=True)
+            if not torch.allclose(found, expected[k], rtol=1e-5, atol=1e-5):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@every_device
+@FAMILIES
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(device, family, use_reentrant):
+    stock, model = pair(device, family)
+    leaf, _ = activation(device, family)
+    results = []
+    for net in (stock, model):
+        x = leaf.detach().clone().requires_grad_()
+        run_net = lambda h, net=net: tuple(run(net, h, family))  # noqa: E731
+        loss(checkpoint(run_net, x * 1, use_reentrant=use_reentrant)).backward()
+        results.append((x.grad, *grads(net)))
+    for theirs, ours in zip(*results, strict=True):
+        close(ours, theirs.to(ours.dtype), family)
+
+
+@every_device
+@pytest.mark.parametrize("family", ["float32", "autocast"])
+def test_an_activation_that_changes_between_its_readers(device, family):
+    """The second layer reads other numbers; the first one's backward misses those that it saved."""
+    stock, model = pair(device, family)
+    leaf, _ = activation(device, family)
+    outputs = []
+    for net in (stock, model):
+        hidden = leaf.detach().clone()
+        with torch.autocast(device, torch.bfloat16, enabled=family == "autocast"):
+            net.layers[0](hidden)
+            hidden.mul_(2)
+            outputs.append(net.layers[1](hidden))
+    assert_equal(outputs[:1], outputs[1:])
+
+
+@every_device
+def test_readers_with_and_without_grad_mode(device):
+    stock, model = pair(device, "autocast")
+    leaf, _ = activation(device, "autocast")
+    results = []
+    for net in (stock, model):
+        x = leaf.detach().clone().requires_grad_()
+        hidden = x * 1
+        with torch.autocast(device, torch.bfloat16):
+            with torch.no_grad():
+                unused = net.layers[0](hidden)
+            outputs = [layer(hidden) for layer in net.layers[1:]]
+        assert not unused.requires_grad
+        (first,) = torch.autograd.grad(loss(outputs), x, create_graph=True)
+        first.square().sum().backward()
+        results.append((first.detach(), x.grad))
+    for theirs, ours in zip(*results, strict=True):
+        close(ours, theirs, "autocast")
+
+
+@every_device
+def test_nothing_is_kept(device):
+    import gc
+    import weakref
+
+    _, model = pair(device, "autocast")
+    leaf, hidden = activation(device, "autocast")
+    outputs = run(model, hidden, "autocast")
+    alive = weakref.ref(hidden)
+    del hidden, outputs
+    gc.collect()
+    assert alive() is None
