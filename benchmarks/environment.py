@@ -29,17 +29,17 @@ def _output_of(*command: str) -> str | None:
 def _commit() -> tuple[str | None, bool | None]:
     """Returns the commit and whether files differ from it, results left aside.
 
-    A copy of the tree without its repository takes both from GRADACC_COMMIT, as in
-    ``1a2b3c4`` or ``1a2b3c4-dirty``.
+    A copy of the tree whose repository is missing, or is another, takes both from GRADACC_COMMIT,
+    as in ``1a2b3c4`` or ``1a2b3c4-dirty``.
     """
-    commit = _output_of("git", "rev-parse", "HEAD")
-    if commit is not None:
-        changes = _output_of("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
-        return commit, changes != ""
     named = os.environ.get("GRADACC_COMMIT")
-    if not named:
+    if named:
+        return named.removesuffix("-dirty"), named.endswith("-dirty")
+    commit = _output_of("git", "rev-parse", "HEAD")
+    if commit is None:
         return None, None
-    return named.removesuffix("-dirty"), named.endswith("-dirty")
+    changes = _output_of("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return commit, changes != ""
 
 
 def _cpu_model() -> str:

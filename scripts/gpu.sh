@@ -6,7 +6,7 @@
 #   wgrad        weight gradients, embeddings       eager        training loops, and their memory
 #
 # Builds the extension in place first, for the GPU that is there, unless one lies there already.
-# Without a repository, GRADACC_COMMIT names the commit of the sources.
+# Where the repository is not that of the sources, GRADACC_COMMIT names their commit.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
