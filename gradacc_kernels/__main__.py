@@ -162,6 +162,9 @@ def main() -> int:
     """Runs the command; returns 1 when a kernel gives a wrong result."""
     if sys.argv[1:2] == ["tune"]:
         return tune.main(dispatch.extension(), sys.argv[2:])
+    if len(sys.argv) > 1:
+        print(__doc__)
+        return 0 if sys.argv[1] in ("-h", "--help") else 2
     print_installation()
     return 0 if not torch.cuda.is_available() or check_kernels() else 1
 

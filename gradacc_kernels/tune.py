@@ -55,16 +55,17 @@ def load(extension) -> int:
     Returns:
         How many shapes it has a kernel for.
     """
-    file = path()
+    file = "the file of GRADACC_TUNED"
     try:
+        file = path()
+        if not file.is_file():
+            return 0
         table = json.loads(file.read_text())
         found = {name: table[name] for name in ("format", "device", "cublaslt", "kernels")}
         if found != _stamp(extension):
             return 0  # of another GPU, or of other libraries
         choices = [_parse_choice(choice, table["kernels"]) for choice in table["choices"]]
-    except FileNotFoundError:
-        return 0
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RuntimeError) as error:
         warnings.warn(
             f"gradacc_kernels: {file} is no table of tuned kernels ({error!r}), and was left "
             "unread; delete it, or write it anew by python -m gradacc_kernels tune",
@@ -80,7 +81,10 @@ def _parse_choice(choice: dict, kernels: Sequence[str]) -> tuple[int, int, int, 
     n_out, n_in = choice["main_grad"]
     if choice["kernel"] not in kernels:
         raise ValueError(f"unknown kernel {choice['kernel']!r}")
-    return int(n_out), int(n_in), int(choice["tokens"]), bool(choice["store"]), choice["kernel"]
+    sizes = int(n_out), int(n_in), int(choice["tokens"])
+    if not all(0 < size < 1 << 62 for size in sizes):
+        raise ValueError(f"sizes {sizes}")
+    return *sizes, bool(choice["store"]), choice["kernel"]
 
 
 class _Case:
@@ -178,7 +182,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="in a micro-batch: exactly these lengths are tuned",
     )
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--output", type=Path, help=f"default: {path()}", metavar="PATH")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="replaced if it exists; default: GRADACC_TUNED, or tuned.json in ~/.cache",
+        metavar="PATH",
+    )
     parser.add_argument("--times", action="store_true", help="print the times of all kernels")
     return parser.parse_args(arguments)
 

@@ -191,6 +191,23 @@ def test_a_backward_that_raises_leaves_the_next_window_right(family):
         assert_equal(window(model, family, data), expected)
 
 
+def test_a_grad_of_the_user_is_read_before_it_is_freed():
+    model, data = deep("bf16"), batches(64, 2)
+    gk.attach(model)
+    halves = [grad * 0.5 for grad in window(model, "bf16", data[:1])]
+    model.zero_grad()
+    later = window(model, "bf16", data[1:])
+    expected = [a + b for a, b in zip(halves, later, strict=True)]
+    for _ in range(5):
+        model.zero_grad()
+        micro_batch(model, "bf16", data[0])
+        for param in model.parameters():
+            param.grad = param.grad * 0.5
+        micro_batch(model, "bf16", data[1])
+        for ours, truth in zip(grads(model), expected, strict=True):
+            torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-7)
+
+
 def test_detaching_in_the_middle_of_backward():
     model, (data,) = deep("bf16"), batches(64, 1)
     accumulator = gk.attach(model)

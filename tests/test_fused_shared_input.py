@@ -5,9 +5,13 @@ import threading
 
 import pytest
 import torch
-from fused_cases import Written, assert_equal, every_device, fused, grads, is_fused
+from fused_cases import assert_equal, every_device, fused, grads, is_fused
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 READERS = 3
 FAMILIES = pytest.mark.parametrize("family", ["float32", "bfloat16", "autocast"])
@@ -92,17 +96,116 @@ def test_no_farther_from_the_truth_than_stock(device):
     assert error["ours"] <= 1.01 * error["stock"]
 
 
+def copies(model, x):
+    """The addresses of the 16-bit copies of x that a forward saves."""
+    found = set()
+
+    def pack(tensor):
+        if tensor.shape == x.shape and tensor.dtype == torch.bfloat16:
+            found.add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = run(model, x, "autocast")
+    return found, outputs
+
+
 @every_device
 def test_the_copy_is_made_once(device):
     _, model = pair(device, "autocast")
-    _, x = activation(device, "autocast")
-    with Written(x) as written:
-        outputs = run(model, x, "autocast")
-    assert written.count_16_bit() == 1
-    del outputs
-    with Written(x) as written:  # nobody kept it
-        run(model, x, "autocast")
-    assert written.count_16_bit() == 1
+    leaf, x = activation(device, "autocast")
+    found, kept = copies(model, x)
+    assert len(found) == 1
+    again, _ = copies(model, x)
+    assert again == found  # as long as it is kept
+    other, _ = copies(model, leaf * 2)
+    assert len(other) == 1 and other != found
+    del kept
+
+
+@every_device
+def test_data_is_read_anew_by_every_layer(device):
+    """Nobody forbids to write to it where no version counter tells."""
+    stock, model = pair(device, "autocast")
+    results = []
+    for net in (stock, model):
+        x = torch.ones(4, WIDTH, device=device)
+        with torch.autocast(device, torch.bfloat16):
+            first = net.layers[0](x)
+            x.data.fill_(2)
+            second = net.layers[1](x)
+        loss([first, second]).backward()
+        results.append((second.detach(), *[layer.weight.grad for layer in net.layers[:2]]))
+    for theirs, ours in zip(*results, strict=True):
+        close(ours, theirs, "autocast")
+
+
+@every_device
+@pytest.mark.parametrize("change", ["requires_grad_", "detach_"])
+def test_an_activation_that_joins_or_leaves_the_graph_between_its_readers(device, change):
+    stock, model = pair(device, "autocast")
+    leaf, _ = activation(device, "autocast")
+    results = []
+    for net in (stock, model):
+        start = leaf.detach().clone()
+        x = start if change == "requires_grad_" else start.requires_grad_() * 1
+        with torch.autocast(device, torch.bfloat16):
+            first = net.layers[0](x)
+            getattr(x, change)()
+            second = net.layers[1](x)
+        weight = net.layers[1].weight
+        (grad,) = torch.autograd.grad(second.float().square().sum(), weight, create_graph=True)
+        total = grad.square().sum() + first.float().square().sum()
+        (found,) = torch.autograd.grad(total, start, allow_unused=True)
+        results.append(found)
+    close(results[1], results[0], "autocast")
+
+
+POLICIES = {
+    "products": lambda op: op == torch.ops.aten.mm.default,
+    "casts": lambda op: op == torch.ops.aten._to_copy.default,
+    "all": lambda op: True,
+}
+
+
+@every_device
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_selective_checkpoints_of_a_reader_beside_another(device, backend, policy):
+    """Recomputing makes the calls that forward made, whatever is shared and kept meanwhile."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(WIDTH, WIDTH)
+            self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def mlp(self, x):
+            return self.down(torch.sin(x)) + self.up(x) + torch.cos(x).bfloat16()
+
+        def forward(self, x):
+            return self.q(x) + checkpoint(self.mlp, x, use_reentrant=False, context_fn=contexts)
+
+    def contexts():
+        keep, drop = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
+        return create_selective_checkpoint_contexts(
+            lambda context, op, *args, **kwargs: keep if policy(op) else drop
+        )
+
+    torch.manual_seed(0)
+    model = Block().to(device)
+    stock = copy.deepcopy(model)
+    fused(model, backend=backend)
+    data = [torch.randn(6, WIDTH, device=device) for _ in range(2)]
+    for net in (stock, model):
+        losses = []
+        for each in data:  # both forwards before a backward
+            x = each.clone().requires_grad_() * 1
+            losses.append(run(net, x, "autocast").float().square().sum())
+        for each in losses:
+            each.backward()
+    for theirs, ours in zip(grads(stock), grads(model), strict=True):
+        close(ours, theirs, "autocast")
 
 
 @every_device

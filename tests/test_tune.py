@@ -72,6 +72,10 @@ WRONG = {
         {**STAMP, "choices": [{**CHOICE, "main_grad": [2, 64, 32]}]}
     ),
     "tokens that are no number": json.dumps({**STAMP, "choices": [{**CHOICE, "tokens": "many"}]}),
+    "infinitely many tokens": json.dumps({**STAMP, "choices": [{**CHOICE, "tokens": 1e999}]}),
+    "tokens beyond 64 bits": json.dumps({**STAMP, "choices": [{**CHOICE, "tokens": 1 << 70}]}),
+    "no tokens": json.dumps({**STAMP, "choices": [{**CHOICE, "tokens": 0}]}),
+    "too deep": "[" * 100_000,
     "an unknown kernel": json.dumps({**STAMP, "choices": [{**CHOICE, "kernel": "narrow"}]}),
 }
 
@@ -83,6 +87,31 @@ def test_a_broken_file_is_named_and_changes_nothing(file, text):
     with pytest.warns(UserWarning, match=r"tuned\.json is no table of tuned kernels"):
         assert tune.load(extension) == 0
     assert extension.chosen == []
+
+
+def test_a_folder_that_cannot_be(file, monkeypatch):
+    file.write_text("a file")
+    monkeypatch.setenv("GRADACC_TUNED", str(file / "tuned.json"))
+    extension = Extension()
+    assert tune.load(extension) == 0 and extension.chosen == []
+
+
+def test_no_home(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GRADACC_TUNED", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    with pytest.warns(UserWarning, match="home directory"):
+        assert tune.load(Extension()) == 0
+
+
+@pytest.mark.parametrize("arguments, status", [(["--help"], 0), (["tuen"], 2)])
+def test_other_commands(arguments, status, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gradacc_kernels", *arguments])
+    assert command.main() == status
+    assert "tune" in capsys.readouterr().out
 
 
 def test_the_rule_stays_where_nothing_is_clearly_faster():

@@ -95,10 +95,14 @@ class ProductBackward : public FusedNode {
     switch (product_.form) {
       case FusedWeight::Form::kLinear: {
         const at::Tensor rows = as_rows(dy);
-        auto* shared = dynamic_cast<SharedInputNode*>(next_edge(kInput).function.get());
-        if (is_tracked || !shared) return rows.mm(matrix).view(sizes).to(input_dtype_);
-        shared->add([&](at::Tensor& sum) { add_product(sum, rows, matrix, sizes); });
-        return {};
+        if (is_tracked) return rows.mm(matrix).view(sizes).to(input_dtype_);
+        if (auto* shared = dynamic_cast<SharedInputNode*>(next_edge(kInput).function.get())) {
+          shared->add([&](at::Tensor& sum) { add_product(sum, rows, matrix, sizes); });
+          return {};
+        }
+        at::Tensor alone;
+        add_product(alone, rows, matrix, sizes);
+        return alone;
       }
       case FusedWeight::Form::kBatched:
         return dy.bmm(matrix).to(input_dtype_);

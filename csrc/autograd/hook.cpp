@@ -470,8 +470,11 @@ bool GradHooks::add_beside(int64_t index, std::vector<at::Tensor> reads,
   {
     const Lock lock(*this);
     const auto here = current_stream(device_);
+    const at::Tensor& grad = param.variable.mutable_grad();
+    // Another tensor in `.grad` would be freed before the other stream has read it.
     const bool is_alone = here && !is_watched(param) && param.node->stream() == here &&
-                          autograd::get_current_graph_task_id() >= 0;
+                          autograd::get_current_graph_task_id() >= 0 &&
+                          (!grad.defined() || is_ours(grad, param) || was_cast(grad, param));
     if (!removed_ && is_alone && param.variable.requires_grad()) {
       if (!beside_)
         beside_ = c10::impl::VirtualGuardImpl(device_.type()).getStreamFromGlobalPool(device_);
@@ -485,6 +488,7 @@ bool GradHooks::add_beside(int64_t index, std::vector<at::Tensor> reads,
       }
       param.backward = backward;
       param.is_beside = true;
+      if (prepared.scalars) reads.push_back(scalars_);
       int64_t bytes = 0;
       for (const at::Tensor& tensor : reads) bytes += static_cast<int64_t>(tensor.nbytes());
       c10::Event done(device_.type());
@@ -532,21 +536,37 @@ const Factor& GradHooks::factor() {
   return factor_;
 }
 
+// Casts run without the mutex, for a dispatch mode may call Python from inside, and that call us.
 at::Tensor GradHooks::cast(int64_t index, at::ScalarType dtype) {
   Param& param = params_.at(index);
   if (param.variable.scalar_type() == dtype) return param.variable;
+  const auto capture_id = backend_.capture_id(device_);
+  const WindowCast::Key key(param.variable, dtype, capture_id);
+  {
+    const Lock lock(*this);
+    const at::Tensor& grad = param.variable.mutable_grad();
+    const int64_t our_version = grad.is_same(param.exposed) ? param.exposed_version : -1;
+    const at::Tensor known = param.cast.find(key, grad, our_version);
+    if (known.defined()) return known;
+  }
+  const at::Tensor copy = WindowCast::make(param.variable, dtype);
   const Lock lock(*this);
-  const at::Tensor& grad = param.variable.mutable_grad();
-  return param.cast.get(param.variable, grad,
-                        grad.is_same(param.exposed) ? param.exposed_version : -1, dtype,
-                        backend_.capture_id(device_));
+  param.cast.keep(key, copy);
+  return copy;
 }
 
 SharedInput::Reading GradHooks::read(const at::Tensor& activation, at::ScalarType dtype) {
-  if (activation.is_inference()) return {activation.to(dtype), {}};  // no version, no gradient
+  if (!SharedInput::can_share(activation)) return {activation.to(dtype), {}};
+  const SharedInput::Key key(activation, dtype, current_stream(device_),
+                             backend_.capture_id(device_));
+  {
+    const Lock lock(*this);
+    if (auto known = shared_input_.find(activation, key)) return *std::move(known);
+  }
+  const auto reading = SharedInput::make(activation, dtype);
   const Lock lock(*this);
-  return shared_input_.read(activation, dtype, current_stream(device_),
-                            backend_.capture_id(device_));
+  shared_input_.keep(activation, key, reading);
+  return reading;
 }
 
 }  // namespace gradacc

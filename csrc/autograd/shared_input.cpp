@@ -1,6 +1,7 @@
 #include "shared_input.h"
 
 #include <ATen/core/grad_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -33,33 +34,40 @@ void SharedInputNode::add(c10::function_ref<void(at::Tensor& sum)> add) {
   add(sums_[autograd::get_current_graph_task_id()]);
 }
 
-SharedInput::Reading SharedInput::read(const at::Tensor& activation, at::ScalarType dtype,
-                                       std::optional<c10::Stream> stream, uint64_t capture_id) {
-  const State now{static_cast<int64_t>(activation._version()), dtype, at::GradMode::is_enabled(),
-                  stream, capture_id};
-  const bool is_known = now == state_ && activation_.lock() == activation.getIntrusivePtr();
-  if (!is_known) {
-    state_ = now;
-    activation_ = weak(activation);
-    copy_ = weak(at::Tensor());
-    node_ = WeakPointer<SharedInputPointer>();
-  }
-  Reading reading{activation, node_.lock()};
-  if (activation.scalar_type() != dtype) {
-    if (auto copy = copy_.lock()) {
-      reading.input = at::Tensor(std::move(copy));
-    } else {
-      reading.input = activation.to(dtype);
-      copy_ = weak(reading.input);
-    }
-  }
-  if (now.is_tracked && activation.requires_grad() && !reading.node) {
-    reading.node = make_node<SharedInputNode>();
-    reading.node->set_next_edges(autograd::collect_next_edges(activation));
-    reading.node->add_input_metadata(activation);
-    node_ = reading.node;
-  }
+SharedInput::Key::Key(const at::Tensor& activation, at::ScalarType dtype,
+                      std::optional<c10::Stream> stream, uint64_t capture_id)
+    : version(static_cast<int64_t>(activation._version())),
+      producer(activation.grad_fn().get()),
+      dtype(dtype),
+      stream(stream),
+      capture_id(capture_id) {}
+
+bool SharedInput::can_share(const at::Tensor& activation) {
+  return at::GradMode::is_enabled() && activation.requires_grad() && !activation.is_leaf() &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
+SharedInput::Reading SharedInput::make(const at::Tensor& activation, at::ScalarType dtype) {
+  Reading reading{activation.to(dtype), make_node<SharedInputNode>()};
+  reading.node->set_next_edges(autograd::collect_next_edges(activation));
+  reading.node->add_input_metadata(activation);
   return reading;
+}
+
+std::optional<SharedInput::Reading> SharedInput::find(const at::Tensor& activation,
+                                                      const Key& key) const {
+  if (!(key_ == key) || activation_.lock() != activation.getIntrusivePtr()) return std::nullopt;
+  auto input = input_.lock();
+  auto node = node_.lock();
+  if (!input || !node) return std::nullopt;
+  return Reading{at::Tensor(std::move(input)), std::move(node)};
+}
+
+void SharedInput::keep(const at::Tensor& activation, const Key& key, const Reading& reading) {
+  key_ = key;
+  activation_ = weak(activation);
+  input_ = weak(reading.input);
+  node_ = reading.node;
 }
 
 }  // namespace gradacc

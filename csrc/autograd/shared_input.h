@@ -41,39 +41,51 @@ using SharedInputPointer = decltype(make_node<SharedInputNode>());
 
 // The last activation that was read. Held weakly: all of it lives as long as the backward nodes of
 // its readers.
+//
+// Only activations that autograd has recorded are shared: like everything that autograd saves, they
+// must not be written to unseen, by a kernel or a collective that moves no version counter, while
+// data that nobody differentiates may be. And nothing is shared under a dispatch mode: selective
+// checkpoints expect the same calls when they recompute.
 class SharedInput {
  public:
   struct Reading {
     at::Tensor input;         // in the dtype of the product, differentiable in the activation
-    SharedInputPointer node;  // null where the activation needs no gradient
+    SharedInputPointer node;  // null where nothing is shared
   };
+  // What a reading depends on.
+  struct Key {
+    // stream: the current one, on which others must not read the copy. capture_id: what is made
+    // inside a graph capture is that graph's.
+    Key(const at::Tensor& activation, at::ScalarType dtype, std::optional<c10::Stream> stream,
+        uint64_t capture_id);
 
-  // stream: the current one, on which others must not read the copy. capture_id: what is made
-  // inside a graph capture is that graph's.
-  Reading read(const at::Tensor& activation, at::ScalarType dtype,
-               std::optional<c10::Stream> stream, uint64_t capture_id);
-
- private:
-  using WeakTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
-
-  struct State {
-    int64_t version = -1;
-    at::ScalarType dtype = at::kFloat;
-    bool is_tracked = false;
+    int64_t version;
+    const torch::autograd::Node* producer;
+    at::ScalarType dtype;
     std::optional<c10::Stream> stream;
-    uint64_t capture_id = 0;
+    uint64_t capture_id;
 
-    bool operator==(const State& other) const {
-      return version == other.version && dtype == other.dtype && is_tracked == other.is_tracked &&
+    bool operator==(const Key& other) const {
+      return version == other.version && producer == other.producer && dtype == other.dtype &&
              stream == other.stream && capture_id == other.capture_id;
     }
   };
 
+  static bool can_share(const at::Tensor& activation);
+  // A reading for the first reader; casts, so Python may run inside.
+  static Reading make(const at::Tensor& activation, at::ScalarType dtype);
+  // The reading that an earlier reader made, while somebody holds it.
+  std::optional<Reading> find(const at::Tensor& activation, const Key& key) const;
+  void keep(const at::Tensor& activation, const Key& key, const Reading& reading);
+
+ private:
+  using WeakTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+
   static WeakTensor weak(const at::Tensor& tensor) { return WeakTensor(tensor.getIntrusivePtr()); }
 
-  State state_;
+  std::optional<Key> key_;
   WeakTensor activation_ = weak(at::Tensor());
-  WeakTensor copy_ = weak(at::Tensor());
+  WeakTensor input_ = weak(at::Tensor());
   WeakPointer<SharedInputPointer> node_;
 };
 

@@ -17,6 +17,8 @@
 
 #include <atomic>
 #include <cstdint>
+#include <optional>
+#include <utility>
 
 namespace gradacc {
 
@@ -28,43 +30,51 @@ inline std::atomic<uint64_t>& optimizer_steps() {
 
 class WindowCast {
  public:
-  // grad: `.grad` as it is. our_version: its version counter after we last wrote to it, or -1 when
-  // it is not the tensor that we made `.grad`.
-  at::Tensor get(const at::Tensor& weight, const at::Tensor& grad, int64_t our_version,
-                 at::ScalarType dtype, uint64_t capture_id) {
-    const State now{weight.unsafeGetTensorImpl(), weight.const_data_ptr(),
-                    static_cast<int64_t>(weight._version()),
-                    optimizer_steps().load(std::memory_order_relaxed), capture_id};
-    const bool is_window_open =
-        grad.defined() && static_cast<int64_t>(grad._version()) == our_version;
-    if (!copy_.defined() || copy_.scalar_type() != dtype || !is_window_open ||
-        !now.same_weight(state_)) {
-      copy_.reset();  // its memory can serve the new one
-      const at::NoGradGuard no_grad;
-      copy_ = weight.to(dtype);
-    }
-    state_ = now;
-    return copy_;
-  }
+  // What a copy depends on besides `.grad`.
+  struct Key {
+    Key(const at::Tensor& weight, at::ScalarType dtype, uint64_t capture_id)
+        : impl(weight.unsafeGetTensorImpl()),
+          data(weight.const_data_ptr()),
+          version(static_cast<int64_t>(weight._version())),
+          optimizer_steps(gradacc::optimizer_steps().load(std::memory_order_relaxed)),
+          dtype(dtype),
+          capture_id(capture_id) {}
 
-  void reset() { copy_.reset(); }
+    const void* impl;
+    const void* data;
+    int64_t version;
+    uint64_t optimizer_steps;
+    at::ScalarType dtype;
+    uint64_t capture_id;
 
- private:
-  struct State {
-    const void* impl = nullptr;
-    const void* data = nullptr;
-    int64_t version = -1;
-    uint64_t optimizer_steps = 0;
-    uint64_t capture_id = 0;
-
-    bool same_weight(const State& other) const {
+    bool operator==(const Key& other) const {
       return impl == other.impl && data == other.data && version == other.version &&
-             optimizer_steps == other.optimizer_steps && capture_id == other.capture_id;
+             optimizer_steps == other.optimizer_steps && dtype == other.dtype &&
+             capture_id == other.capture_id;
     }
   };
 
+  static at::Tensor make(const at::Tensor& weight, at::ScalarType dtype) {
+    const at::NoGradGuard no_grad;
+    return weight.to(dtype);
+  }
+  // The copy, or an undefined tensor where it has to be made anew. grad: `.grad` as it is.
+  // our_version: its version counter after we last wrote to it, or -1 when it is not the tensor
+  // that we made `.grad`.
+  at::Tensor find(const Key& key, const at::Tensor& grad, int64_t our_version) {
+    const bool is_window_open =
+        grad.defined() && static_cast<int64_t>(grad._version()) == our_version;
+    if (!is_window_open || !(key_ == key)) copy_.reset();  // its memory can serve the new one
+    return copy_;
+  }
+  void keep(const Key& key, at::Tensor copy) {
+    key_ = key;
+    copy_ = std::move(copy);
+  }
+
+ private:
+  std::optional<Key> key_;
   at::Tensor copy_;
-  State state_;
 };
 
 }  // namespace gradacc
