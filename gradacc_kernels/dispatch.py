@@ -107,7 +107,10 @@ def choose(device: torch.device, dtype: torch.dtype, backend: str = "auto") -> s
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
     if not _serves(backend, device, dtype):
-        raise ValueError(f"backend {backend!r} does not serve {dtype} main gradients on {device}")
+        raise ValueError(
+            f"backend {backend!r} does not serve {dtype} main gradients on {device}; "
+            "backend='auto' takes one that does"
+        )
     reason = why_missing(backend)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")

@@ -219,6 +219,8 @@ def _matmul(input, other, **options):
 
 
 def _baddbmm(input, batch1, batch2, *, beta=1, alpha=1, **options):
+    if type(input) is ExpertWeight:
+        input = input._expert_view.tensor  # a bias [experts, 1, out] looks like a weight
     if options or beta != 1 or alpha != 1 or type(input) not in (Tensor, nn.Parameter):
         return None
     if type(batch2) is not ExpertWeight or batch1.dim() != 3:

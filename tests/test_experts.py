@@ -221,6 +221,35 @@ def test_statistics_follow_the_products(backend):
     assert torch.allclose(norm, module.weight.grad.norm())
 
 
+def test_a_bias_of_three_dimensions(backend):
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(EXPERTS, IN, OUT))
+            self.bias = nn.Parameter(torch.randn(EXPERTS, 1, OUT))
+
+        def forward(self, x):
+            return torch.baddbmm(self.bias, x, self.weight)
+
+    module = Biased().to(backend.device, torch.bfloat16)
+    twin = copy.deepcopy(module)
+    gk.attach(module, backend=backend.name, fuse=True)
+    truth, bias_truth = WeightSum(module.weight), WeightSum(module.bias)
+    for _ in range(2):
+        x = tokens(backend)
+        y, y_twin = module(x), twin(x)
+        assert is_fused(y, module.weight)
+        torch.testing.assert_close(y, y_twin, rtol=2**-6, atol=2**-4)
+        dy = torch.randn_like(y)
+        y.backward(dy)
+        truth.add(*exact_gradient(torch.bmm, module.weight, x, dy), TOKENS)
+        sums = [t.cpu().double().sum(1, keepdim=True) for t in (dy, dy.abs())]
+        bias_truth.add(*sums, TOKENS)
+    assert truth.contains(module.weight.grad)
+    error = (module.bias.grad.cpu().double() - bias_truth.total).abs()
+    assert bool((error <= 2.0**-6 * bias_truth.magnitude).all())  # autograd sums it in 16 bits
+
+
 @pytest.mark.parametrize("is_cached", [False, True])
 def test_autocast_with_float32_parameters(backend, is_cached):
     def way(x, w):
