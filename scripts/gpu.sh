@@ -6,6 +6,7 @@
 #   wgrad        weight gradients, embeddings       eager        training loops, and their memory
 #
 # Builds the extension in place first, for the GPU that is there, unless one lies there already.
+# Exits with 1 when a part failed; the others run all the same.
 # Where the repository is not that of the sources, GRADACC_COMMIT names their commit.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,17 +22,18 @@ if ! compgen -G 'gradacc_kernels/_C*.so' > /dev/null; then
 fi
 "$python" -m gradacc_kernels
 
+status=0
 benchmark() {
   local name=$1
   shift
   "$python" "$@" --json "$out/$name.json" > "$out/$name.txt" 2> "$out/$name.log" ||
-    { echo "$name failed:"; tail -n 30 "$out/$name.log"; }
+    { status=1; echo "$name failed:"; tail -n 30 "$out/$name.log"; }
 }
 for part in "$@"; do
   echo "== $part"
   case $part in
     tests)
-      "$python" tests/gpu_record.py --write > "$out/tests.log" 2>&1 || true
+      "$python" tests/gpu_record.py --write > "$out/tests.log" 2>&1 || status=1
       cp tests/gpu_record.json "$out"
       grep -E '^(FAILED|ERROR)' "$out/tests.log" || true
       tail -n 1 "$out/tests.log"
@@ -47,3 +49,4 @@ for part in "$@"; do
   esac
   [ ! -f "$out/$part.txt" ] || cat "$out/$part.txt"
 done
+exit $status

@@ -105,28 +105,31 @@ class ProductBackward : public FusedNode {
         return alone;
       }
       case FusedWeight::Form::kBatched:
+        if (!is_tracked && is_wide(dy)) return at::bmm(dy, matrix, at::kFloat);
         return dy.bmm(matrix).to(input_dtype_);
       default:
         return at::_grouped_mm(dy, matrix, product_.offsets).to(input_dtype_);
     }
   }
 
-  // sum = rows * matrix, + sum where there is one. Under autocast, for a float32 input, the
-  // products are added before they are rounded: no 16-bit gradient is written to be cast
-  // afterwards.
+  // Whether products reach the input's gradient before they are rounded: under autocast, for a
+  // float32 input, no 16-bit gradient is written to be cast afterwards.
+  bool is_wide(const at::Tensor& dy) const {
+    return dy.is_cuda() && input_dtype_ == at::kFloat && dy.scalar_type() != at::kFloat;
+  }
+
+  // sum = rows * matrix, + sum where there is one.
   void add_product(at::Tensor& sum, const at::Tensor& rows, const at::Tensor& matrix,
                    at::IntArrayRef sizes) const {
-    const auto type = rows.scalar_type();
-    const bool is_wide = rows.is_cuda() && input_dtype_ == at::kFloat && type != at::kFloat;
     if (!sum.defined()) {
-      sum = (is_wide ? at::mm(rows, matrix, at::kFloat) : rows.mm(matrix)).view(sizes);
+      sum = (is_wide(rows) ? at::mm(rows, matrix, at::kFloat) : rows.mm(matrix)).view(sizes);
       sum = sum.to(input_dtype_);
       return;
     }
     at::Tensor target = sum.view({rows.size(0), matrix.size(1)});
-    if (is_wide) {
+    if (is_wide(rows)) {
       at::addmm_out(target, target, rows, matrix, at::kFloat);
-    } else if (type == input_dtype_) {
+    } else if (rows.scalar_type() == input_dtype_) {
       target.addmm_(rows, matrix);
     } else {
       target.add_(rows.mm(matrix));
@@ -236,7 +239,9 @@ std::optional<at::Tensor> FusedWeight::multiply(const at::Tensor& given, Product
     if (!given.is_floating_point() || given.scalar_type() == at::kDouble) return std::nullopt;
   }
   if (!is_autocast && given.scalar_type() != dtype) return std::nullopt;
-  const auto [input, shared] = hooks->read(given, dtype);
+  const bool is_linear = product.form == Form::kLinear;  // the others add no input gradients up
+  const auto [input, shared] =
+      is_linear ? hooks->read(given, dtype) : SharedInput::Reading{given.to(dtype), {}};
 
   at::Tensor cast, output;
   {
@@ -249,7 +254,7 @@ std::optional<at::Tensor> FusedWeight::multiply(const at::Tensor& given, Product
                                       bias ? bias->scalar_type() : dtype);
     // Past the cast of the input, whose backward is in input_gradient.
     auto edges = autograd::collect_next_edges(given, weight_, bias ? *bias : at::Tensor());
-    if (shared && product.form == Form::kLinear) edges[0] = autograd::Edge(shared, 0);
+    if (shared) edges[0] = autograd::Edge(shared, 0);
     node->set_next_edges(std::move(edges));
     // Before the product: a checkpoint stops recomputing at the last tensor that is saved.
     node->save(input, cast);
