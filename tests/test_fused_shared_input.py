@@ -60,6 +60,16 @@ def close(ours, theirs, family):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=limit)
 
 
+def compare(device, family, work):
+    """What a stock model and ours give, each with its own leaf, is the same but for rounding."""
+    leaf, _ = activation(device, family)
+    theirs, ours = (
+        work(net, leaf.detach().clone().requires_grad_()) for net in pair(device, family)
+    )
+    for expected, found in zip(theirs, ours, strict=True):
+        close(found, expected, family)
+
+
 @every_device
 @FAMILIES
 @pytest.mark.parametrize("is_residual", [False, True], ids=["readers alone", "and a residual"])
@@ -212,32 +222,25 @@ def test_selective_checkpoints_of_a_reader_beside_another(device, backend, polic
 @FAMILIES
 @pytest.mark.parametrize("used", [(0,), (2,), (0, 2), (1, 2)], ids=str)
 def test_readers_that_take_no_part_in_the_loss(device, family, used):
-    stock, model = pair(device, family)
-    leaf, _ = activation(device, family)
-    results = []
-    for net in (stock, model):
-        x = leaf.detach().clone().requires_grad_()
+    def work(net, x):
         outputs = run(net, x * 1, family)
         loss([outputs[i] for i in used]).backward()
-        results.append(x.grad)
-    close(results[1], results[0], family)
+        return (x.grad,)
+
+    compare(device, family, work)
 
 
 @every_device
 @FAMILIES
 def test_backward_again_over_a_retained_graph(device, family):
-    stock, model = pair(device, family)
-    leaf, _ = activation(device, family)
-    results = []
-    for net in (stock, model):
-        x = leaf.detach().clone().requires_grad_()
+    def work(net, x):
         total = loss(run(net, x * 1, family))
         total.backward(retain_graph=True)
         once = x.grad.clone()
         total.backward()
-        results.append((once, x.grad))
-    for theirs, ours in zip(*results, strict=True):
-        close(ours, theirs, family)
+        return (once, x.grad)
+
+    compare(device, family, work)
 
 
 @every_device
@@ -264,45 +267,34 @@ def test_autograd_grad(device, family, wrt):
 
 @every_device
 def test_backward_with_inputs(device):
-    stock, model = pair(device, "float32")
-    leaf, _ = activation(device, "float32")
-    results = []
-    for net in (stock, model):
-        x = leaf.detach().clone().requires_grad_()
+    def work(net, x):
         loss(net(x * 1)).backward(inputs=[x, net.layers[1].weight])
         assert net.layers[0].weight.grad is None
-        results.append((x.grad, net.layers[1].weight.grad))
-    for theirs, ours in zip(*results, strict=True):
-        close(ours, theirs, "float32")
+        return (x.grad, net.layers[1].weight.grad)
+
+    compare(device, "float32", work)
 
 
 @every_device
 @pytest.mark.parametrize("family", ["float32", "autocast"])
 def test_double_backward(device, family):
-    stock, model = pair(device, family)
-    leaf, _ = activation(device, family)
-    results = []
-    for net in (stock, model):
-        x = leaf.detach().clone().requires_grad_()
+    def work(net, x):
         (first,) = torch.autograd.grad(loss(run(net, x * 1, family)), x, create_graph=True)
         first.square().sum().backward()
-        results.append((first.detach(), x.grad, *(layer.weight.grad for layer in net.layers)))
-    for theirs, ours in zip(*results, strict=True):
-        close(ours, theirs, family)
+        return (first.detach(), x.grad, *(layer.weight.grad for layer in net.layers))
+
+    compare(device, family, work)
 
 
 @every_device
 @FAMILIES
 def test_a_leaf_that_is_read(device, family):
-    stock, model = pair(device, family)
-    leaf, _ = activation(device, family)
-    results = []
-    for net in (stock, model):
-        x = leaf.detach().clone().requires_grad_()
+    def work(net, x):
         for _ in range(2):
             loss(run(net, x, family)).backward()
-        results.append(x.grad)
-    close(results[1], results[0], family)
+        return (x.grad,)
+
+    compare(device, family, work)
 
 
 @every_device
@@ -389,16 +381,12 @@ def test_backwards_in_several_threads(device):
 @FAMILIES
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing(device, family, use_reentrant):
-    stock, model = pair(device, family)
-    leaf, _ = activation(device, family)
-    results = []
-    for net in (stock, model):
-        x = leaf.detach().clone().requires_grad_()
+    def work(net, x):
         run_net = lambda h, net=net: tuple(run(net, h, family))  # noqa: E731
         loss(checkpoint(run_net, x * 1, use_reentrant=use_reentrant)).backward()
-        results.append((x.grad, *grads(net)))
-    for theirs, ours in zip(*results, strict=True):
-        close(ours, theirs.to(ours.dtype), family)
+        return (x.grad, *(grad.float() for grad in grads(net)))
+
+    compare(device, family, work)
 
 
 @every_device
@@ -419,11 +407,7 @@ def test_an_activation_that_changes_between_its_readers(device, family):
 
 @every_device
 def test_readers_with_and_without_grad_mode(device):
-    stock, model = pair(device, "autocast")
-    leaf, _ = activation(device, "autocast")
-    results = []
-    for net in (stock, model):
-        x = leaf.detach().clone().requires_grad_()
+    def work(net, x):
         hidden = x * 1
         with torch.autocast(device, torch.bfloat16):
             with torch.no_grad():
@@ -432,9 +416,9 @@ def test_readers_with_and_without_grad_mode(device):
         assert not unused.requires_grad
         (first,) = torch.autograd.grad(loss(outputs), x, create_graph=True)
         first.square().sum().backward()
-        results.append((first.detach(), x.grad))
-    for theirs, ours in zip(*results, strict=True):
-        close(ours, theirs, "autocast")
+        return (first.detach(), x.grad)
+
+    compare(device, "autocast", work)
 
 
 @every_device
