@@ -375,10 +375,15 @@ std::shared_ptr<GradHooks::Backward> GradHooks::backward_under_way() {
   auto backward = std::make_shared<Backward>();
   backward->graph_task = graph_task;
   backwards_.push_back(backward);
-  autograd::Engine::get_default_engine().queue_callback([self = shared_from_this(), backward] {
-    const Lock lock(*self);
-    self->finish(*backward);
-  });
+  // The engine's thread drops the callback when `backward()` may have returned already: what it
+  // holds, the parameters among it, goes with its call.
+  autograd::Engine::get_default_engine().queue_callback(
+      [self = shared_from_this(), backward]() mutable {
+        const auto hooks = std::move(self);
+        const auto finished = std::move(backward);
+        const Lock lock(*hooks);
+        hooks->finish(*finished);
+      });
   return backward;
 }
 
