@@ -5,16 +5,21 @@ host's where models or batches are small, and the peak of allocated memory. The 
 weights and are built from configurations alone; nothing is downloaded.
 
 A window's gradients are first compared with those of the same weights and data in float32: ours
-are timed only where their error is no larger than PyTorch's.
+are timed only where their error is no larger than PyTorch's. The ways' windows then take turns, for
+a host's speed drifts by a third within seconds; "/ PyTorch" is the median over the turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import copy
 import gc
 import os
+import statistics
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import llama
 import report
@@ -28,7 +33,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 WINDOW = 4
 TOKENS = {"cuda": [512, 2048], "cpu": [32]}
-QUICK_MODELS = ["llama-1.5b", "gpt2", "qwen3-0.6b"]
+QUICK_MODELS = ["llama-1.5b", "llama-3.2-1b", "gpt2", "qwen3-0.6b", "vit-large"]
 SAMPLES = 1 << 20  # elements of the gradient that are compared
 NO_LARGER = 1.02  # than PyTorch's error: attention and embeddings sum with atomics
 
@@ -179,28 +184,21 @@ def micro_batches(
     return [arguments for arguments, _ in made], made[0][1]
 
 
+@dataclass
 class Loop:
-    """A window's worth of a user's training loop, without the optimizer."""
+    """A window's worth of a user's training loop, without the optimizer, summed in one way."""
 
-    def __init__(self, model: Model, module: nn.Module, sums: Stock, way: Way, device):
-        self.model, self.module, self.sums, self.way, self.device = (
-            model,
-            module,
-            sums,
-            way,
-            device,
-        )
-
-    def set_tokens(self, n_tokens: int) -> int:
-        """Makes the data of micro-batches; returns how many tokens one has."""
-        self.batches, actual = micro_batches(self.model, n_tokens, self.way.dtype, self.device)
-        return actual
+    model: Model
+    module: nn.Module
+    sums: Stock
+    way: Way
+    batches: list[dict[str, Tensor]] = field(default_factory=list)
 
     def window(self) -> None:
         """Runs it."""
         self.sums.zero()
         for arguments in self.batches:
-            with self.way.autocast(self.device):
+            with self.way.autocast(self.sums.params[0].device):
                 loss = self.model.loss(self.module, arguments)
             loss.backward()
 
@@ -220,30 +218,45 @@ def sample_of(grads: Sequence[Tensor]) -> Tensor:
     return torch.cat([grad.flatten()[::step].double() for grad in grads]).cpu()
 
 
-def measure(
-    loop: Loop, seconds: float, device: torch.device
-) -> tuple[list[tuple[float, float]], dict]:
-    """Returns samples of a window, and its memory."""
-    memory = {"peak_bytes": None, "between_bytes": None}
-    if device.type == "cuda":
-        loop.sums.zero()
-        torch.cuda.synchronize()
-        memory["between_bytes"] = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+def memory_of(loop: Loop, before: int) -> dict:
+    """Returns the memory between windows and the peak of one, without what was there before."""
+    if not torch.cuda.is_available():
+        return {"between_bytes": None, "peak_bytes": None}
+    loop.sums.zero()
+    torch.cuda.synchronize()
+    between = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loop.window()
+    peak = torch.cuda.max_memory_allocated()
+    return {"between_bytes": between - before, "peak_bytes": peak - before}
+
+
+def sample_in_turns(loops: Sequence[Loop], seconds: float, min_rounds: int) -> list[list[tuple]]:
+    """Returns samples of each loop's window. A round has one of all, and each is first in turn."""
+    samples: list[list[tuple]] = [[] for _ in loops]
+    end = time.perf_counter() + seconds
+    order = collections.deque(zip(loops, samples, strict=True))
     gc.collect()
-    is_toy = device.type == "cpu"
-    samples = sample_wall(loop.window, seconds=seconds, min_repetitions=2 if is_toy else 5)
-    if device.type == "cuda":
-        memory["peak_bytes"] = torch.cuda.max_memory_allocated()
-    return samples, memory
+    gc.disable()
+    try:
+        while len(samples[0]) < min_rounds or time.perf_counter() < end:
+            for loop, own in order:
+                own += sample_wall(loop.window, seconds=0, min_repetitions=1)
+            order.rotate()
+    finally:
+        gc.enable()
+    return samples
 
 
 def exact_samples(
-    model: Model, dtype: torch.dtype, tokens: Sequence[int], device: torch.device
+    model: Model,
+    module: nn.Module,
+    dtype: torch.dtype,
+    tokens: Sequence[int],
+    device: torch.device,
 ) -> dict[int, Tensor]:
     """Returns what a window sums for each length, from weights and data of dtype, in float32."""
-    torch.manual_seed(0)
-    module = model.build(dtype, device).float()
+    module = copy.deepcopy(module).float()
     samples = {}
     for n_tokens in tokens:
         module.zero_grad()
@@ -273,46 +286,57 @@ def run_model(
     device: torch.device,
     failures: list[str],
 ) -> list[dict]:
-    """Returns the rows of one model: the ways take turns, and their samples are put together."""
+    """Returns the rows of one model. All ways stand beside each other, and take turns."""
     ways = ours(family)
-    rounds, seconds = (1, 0.5) if options.quick else (2, 0.4)
+    seconds, min_rounds = (1.5, 6) if options.quick else (3, 9)
     if device.type == "cpu":
-        rounds, seconds = 1, 0
-    found: dict[tuple[int, str], dict] = {}
-    exact = exact_samples(model, ways[0].dtype, options.tokens, device)
+        seconds, min_rounds = 0, 3
+    torch.manual_seed(0)
+    built = model.build(ways[0].dtype, device)
+    exact = exact_samples(model, built, ways[0].dtype, options.tokens, device)
     release()
-    for _ in range(rounds):
-        for way in ways:
-            with report.survived(f"{name}, {family}, {way.name}", failures):
-                torch.manual_seed(0)
-                module = model.build(way.dtype, device)
-                loop = Loop(model, module, way.set_up(module), way, device)
-                for n_tokens in options.tokens:
-                    actual = loop.set_tokens(n_tokens)
-                    for _ in range(3):
-                        loop.window()
-                    error = relative_error(loop.sample(), exact[n_tokens])
-                    limit = found.get((n_tokens, "stock"), {"error": error})["error"]
-                    check_no_larger(error, limit)
-                    samples, memory = measure(loop, seconds, device)
-                    entry = found.setdefault(
-                        (n_tokens, way.role),
-                        {"way": way, "tokens": actual, "samples": [], "error": error},
-                    )
-                    entry["samples"] += samples
-                    entry["memory"] = memory
-            loop = module = None
-            release()
+    loops: list[Loop] = []
+    found: dict[tuple[int, str], dict] = {}
+    for way in ways:
+        with report.survived(f"{name}, {family}, {way.name}", failures):
+            before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+            module = copy.deepcopy(built)
+            loop = Loop(model, module, way.set_up(module), way)
+            for n_tokens in options.tokens:
+                loop.batches, actual = micro_batches(model, n_tokens, way.dtype, device)
+                loop.window()
+                error = relative_error(loop.sample(), exact[n_tokens])
+                check_no_larger(error, found.get((n_tokens, "stock"), {"error": error})["error"])
+                found[n_tokens, way.role] = {
+                    "model": name,
+                    "family": family,
+                    "name": way.name,
+                    "role": way.role,
+                    "tokens": actual,
+                    "window": WINDOW,
+                    "error": error,
+                    **memory_of(loop, before),
+                }
+            loops.append(loop)
+        loop = module = None
+        release()
+    built = None
     rows = []
-    for _, entry in sorted(found.items(), key=lambda item: item[0][0]):
-        way, timing = entry["way"], wall_timing(entry["samples"], WINDOW)
-        labels = {"model": name, "family": family, "name": way.name, "role": way.role}
-        labels |= {"tokens": entry["tokens"], "window": WINDOW, "error": entry["error"]}
-        rows.append({**labels, **report.times(timing), **entry["memory"]})
-        report.say(
-            f"{name} {family} T={entry['tokens']} {way.name}: {timing.p50 / 1e3:.2f} ms a "
-            f"micro-batch, host {timing.host / 1e3:.2f} ms"
-        )
+    for n_tokens in options.tokens:
+        for loop in loops:
+            loop.batches, _ = micro_batches(model, n_tokens, loop.way.dtype, device)
+            loop.window()
+        samples = sample_in_turns(loops, seconds, min_rounds)
+        for loop, own in zip(loops, samples, strict=True):
+            timing = wall_timing(own, WINDOW)
+            ratios = [mine[0] / theirs[0] for mine, theirs in zip(own, samples[0], strict=True)]
+            row = {**found[n_tokens, loop.way.role], **report.times(timing)}
+            if loops[0].way.role == "stock":
+                row["over_stock"] = round(statistics.median(ratios), 4)
+            rows.append(row)
+            report.say(f"{name} {family} T={row['tokens']} {row['name']}: {timing.p50:.0f} us")
+    loops.clear()
+    release()
     return rows
 
 
@@ -342,7 +366,7 @@ def summary(rows: Sequence[dict]) -> str:
         "p20 ms": lambda r: f"{r['p20_us'] / 1e3:.2f}",
         "p50 ms": lambda r: f"{r['p50_us'] / 1e3:.2f}",
         "p80 ms": lambda r: f"{r['p80_us'] / 1e3:.2f}",
-        "/ PyTorch": ratio_to_stock(rows, "p50_us"),
+        "/ PyTorch": lambda r: f"{r['over_stock']:.3f}" if "over_stock" in r else "",
         "error": lambda r: f"{r['error']:.3e}",
         "host ms": lambda r: f"{r['host_us'] / 1e3:.2f}",
         "peak GB": lambda r: gigabytes(r["peak_bytes"]),

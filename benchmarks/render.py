@@ -281,15 +281,17 @@ def eager_block(device: str) -> str:
             [
                 f"{model}, {family}, {tokens} tokens",
                 *(time_of(result) for result in (stock, hook, ours)),
-                *bold([quotient(ours, stock)]),
+                *bold([f"{ours['over_stock']:.3f}" if ours and "over_stock" in ours else ""]),
                 "" if ours is None else f"{ours['host_us'] / ours['p50_us']:.0%}",
+                *(f"{result['error']:.2e}" if result else "" for result in (stock, ours)),
                 gigabytes(stock),
                 gigabytes(ours),
                 *bold([quotient(ours, stock, "peak_bytes")]),
             ]
         )
     columns = ["wall clock of a micro-batch", "PyTorch", "fuse=False", "attach"]
-    columns += ["attach / PyTorch", "host", "peak GB, PyTorch", "attach", "attach / PyTorch"]
+    columns += ["attach / PyTorch", "host", "error, PyTorch", "attach"]
+    columns += ["peak GB, PyTorch", "attach", "attach / PyTorch"]
     return table(columns, lines, results)
 
 

@@ -9,6 +9,8 @@
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <cublasLt.h>
 
 #include <array>
@@ -16,6 +18,7 @@
 #include <memory>
 #include <mutex>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -94,6 +97,23 @@ Cache& cache() {
   return instance;
 }
 
+// torch's handles come with a workspace of 32 MiB for each stream, which stays; a product here
+// takes what its algorithm needs, for as long as it runs. Never destroyed: at exit the driver may
+// be gone.
+cublasLtHandle_t handle_of(at::Device device) {
+  static std::mutex mutex;
+  static std::map<c10::DeviceIndex, cublasLtHandle_t> handles;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = handles.find(device.index());
+  if (found != handles.end()) return found->second;
+  const c10::cuda::CUDAGuard guard(device);
+  const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+  cublasLtHandle_t handle;
+  check(cublasLtCreate(&handle), "cublasLtCreate");
+  handles.emplace(device.index(), handle);
+  return handle;
+}
+
 Matmul describe(const WeightGrad& p, bool is_tf32_allowed, bool are_on_host) {
   const auto type = data_type(p.type);
   const bool is_tf32 = p.type == GradType::kFloat32 && is_tf32_allowed;
@@ -121,7 +141,8 @@ Matmul describe(const WeightGrad& p, bool is_tf32_allowed, bool are_on_host) {
   return matmul;
 }
 
-Algorithms find_algorithms(const Matmul& matmul, const std::array<uint32_t, 3>& alignments) {
+Algorithms find_algorithms(const Matmul& matmul, const std::array<uint32_t, 3>& alignments,
+                           cublasLtHandle_t handle) {
   cublasLtMatmulPreference_t preference;
   check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
   const Preference owned(preference);
@@ -139,20 +160,24 @@ Algorithms find_algorithms(const Matmul& matmul, const std::array<uint32_t, 3>& 
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignments[2]);
   Algorithms algorithms(kCublasLtAlgorithms);
   int count = 0;
-  check(cublasLtMatmulAlgoGetHeuristic(
-            at::cuda::getCurrentCUDABlasLtHandle(), matmul.operation.get(), matmul.input.get(),
-            matmul.grad_output.get(), matmul.main.get(), matmul.main.get(), preference,
-            kCublasLtAlgorithms, algorithms.data(), &count),
-        "cublasLtMatmulAlgoGetHeuristic");
+  check(
+      cublasLtMatmulAlgoGetHeuristic(handle, matmul.operation.get(), matmul.input.get(),
+                                     matmul.grad_output.get(), matmul.main.get(), matmul.main.get(),
+                                     preference, kCublasLtAlgorithms, algorithms.data(), &count),
+      "cublasLtMatmulAlgoGetHeuristic");
   TORCH_CHECK(count > 0, "gradacc_kernels: cuBLASLt has no algorithm for this weight gradient");
   algorithms.resize(count);
   return algorithms;
 }
 
 // cuBLASLt does not say how an algorithm schedules its warpgroups; its kernels for Hopper with
-// tiles too large for the registers of one cooperate, and these two take turns.
-size_t find_pingpong(const Algorithms& algorithms) {
-  for (const uint32_t wanted : {CUBLASLT_MATMUL_TILE_128x128, CUBLASLT_MATMUL_TILE_128x160})
+// tiles too large for the registers of one cooperate, and these two take turns. Where tiles are
+// many, the larger one reads less.
+size_t find_pingpong(const Algorithms& algorithms, int64_t elements) {
+  constexpr int64_t kManyElements = int64_t{1} << 25;
+  std::array<uint32_t, 2> tiles{CUBLASLT_MATMUL_TILE_128x128, CUBLASLT_MATMUL_TILE_128x160};
+  if (elements >= kManyElements) std::swap(tiles[0], tiles[1]);
+  for (const uint32_t wanted : tiles)
     for (size_t rank = 0; rank < algorithms.size(); ++rank) {
       uint32_t tile = CUBLASLT_MATMUL_TILE_UNDEFINED;
       size_t written = 0;
@@ -166,13 +191,14 @@ size_t find_pingpong(const Algorithms& algorithms) {
 // The description of a product with its algorithms, made once for a key.
 std::shared_ptr<const Matmul> find_matmul(const WeightGrad& p, const Key& key,
                                           const std::array<uint32_t, 3>& alignments,
-                                          bool is_tf32_allowed, bool are_on_host) {
+                                          bool is_tf32_allowed, bool are_on_host,
+                                          cublasLtHandle_t handle) {
   Cache& known = cache();
   const std::lock_guard<std::mutex> lock(known.mutex);
   const auto found = known.entries.find(key);
   if (found != known.entries.end()) return found->second;
   auto matmul = std::make_shared<Matmul>(describe(p, is_tf32_allowed, are_on_host));
-  matmul->algorithms = find_algorithms(*matmul, alignments);
+  matmul->algorithms = find_algorithms(*matmul, alignments, handle);
   if (known.entries.size() >= Cache::kMaxEntries) known.entries.clear();
   known.entries.emplace(key, matmul);
   return matmul;
@@ -202,18 +228,21 @@ void cublaslt_weight_grad(const WeightGrad& p, const float* scalars, bool are_on
                 is_tf32_allowed,
                 are_on_host,
                 alignments};
-  const auto matmul = find_matmul(p, key, alignments, is_tf32_allowed, are_on_host);
+  const auto handle = handle_of(device);
+  const auto matmul = find_matmul(p, key, alignments, is_tf32_allowed, are_on_host, handle);
   const Algorithms& algorithms = matmul->algorithms;
-  size_t rank = algorithm == kCublasLtPingpong ? find_pingpong(algorithms) : algorithm;
+  size_t rank = algorithm == kCublasLtPingpong
+                    ? find_pingpong(algorithms, p.batch * p.out_features * p.in_features)
+                    : algorithm;
   if (rank >= algorithms.size()) rank = 0;
   const auto& chosen = algorithms[rank];
   const auto workspace = at::empty({static_cast<int64_t>(chosen.workspaceSize)},
                                    at::TensorOptions().dtype(at::kByte).device(device));
-  check(cublasLtMatmul(at::cuda::getCurrentCUDABlasLtHandle(), matmul->operation.get(), scalars,
-                       p.input, matmul->input.get(), p.grad_output, matmul->grad_output.get(),
-                       scalars + (p.store ? 1 : 2), p.main, matmul->main.get(), p.main,
-                       matmul->main.get(), &chosen.algo, workspace.mutable_data_ptr(),
-                       chosen.workspaceSize, at::cuda::getCurrentCUDAStream()),
+  check(cublasLtMatmul(handle, matmul->operation.get(), scalars, p.input, matmul->input.get(),
+                       p.grad_output, matmul->grad_output.get(), scalars + (p.store ? 1 : 2),
+                       p.main, matmul->main.get(), p.main, matmul->main.get(), &chosen.algo,
+                       workspace.mutable_data_ptr(), chosen.workspaceSize,
+                       at::cuda::getCurrentCUDAStream()),
         "cublasLtMatmul");
 }
 

@@ -47,14 +47,20 @@ int parse(const std::string& name) {
 // From sweeps of 40 instances and cuBLASLt's first 8 algorithms over outputs of 1M to 263M elements
 // at 64 to 16384 tokens on an H200. Outputs with fewer tiles than the GPU has processors need the
 // smaller tiles of cuBLASLt. With many tokens the reads and writes of main are hidden in either,
-// and its products are the faster ones, where its kernels know that they add.
+// and its products are the faster ones, where its kernels know that they add. Large outputs have
+// many tokens sooner; so do small ones where nothing is read.
+constexpr int64_t kFewElements = int64_t{1} << 21, kSomeElements = int64_t{1} << 23;
+
+int64_t many_tokens(int64_t elements, bool store) {
+  constexpr int64_t kLargeElements = int64_t{1} << 25;
+  if (elements >= kLargeElements) return store ? 512 : 768;
+  return store && elements < kSomeElements ? 512 : 1536;
+}
+
 int rule(const WeightGrad& problem, bool is_scale_on_host) {
-  constexpr int64_t kFewElements = int64_t{1} << 21, kSomeElements = int64_t{1} << 23,
-                    kManyElements = int64_t{1} << 27;
-  constexpr int64_t kSomeTokens = 768, kManyTokens = 1536;
   const int64_t elements = problem.batch * problem.out_features * problem.in_features;
   if (elements < kFewElements) return kCublasLt;
-  if (is_scale_on_host && problem.tokens >= (elements >= kManyElements ? kSomeTokens : kManyTokens))
+  if (is_scale_on_host && problem.tokens >= many_tokens(elements, problem.store))
     return kCublasLt - kCublasLtPingpong;
   return elements < kSomeElements ? kSingle : kWide;
 }
