@@ -355,8 +355,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="results file to write", metavar="PATH")
     options = parser.parse_args()
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.device = report.device(parser, options.device)
     if options.sizes is None:
         options.sizes = LOG2_SIZES[options.device]
     if options.lists is None:

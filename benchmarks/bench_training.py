@@ -34,6 +34,7 @@ from timing import Timing, capture, release, sample_wall, time_replays, wall_tim
 from torch import Tensor
 
 WINDOW = 8  # micro-batches
+FAMILIES = ["bf16", "autocast"]
 TOKENS = {"cuda": [256, 512, 1024, 2048, 4096, 8192], "cpu": [16]}
 QUICK_TOKENS = [256, 1024, 4096]
 SHAPES = {
@@ -322,8 +323,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--families",
         type=lambda text: text.split(","),
-        default=["bf16", "autocast"],
-        metavar="bf16,autocast",
+        default=FAMILIES,
+        metavar=",".join(FAMILIES),
     )
     parser.add_argument(
         "--models",
@@ -336,8 +337,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="results file to write", metavar="PATH")
     options = parser.parse_args()
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    for what, chosen, known in (
+        ("--families", options.families, FAMILIES),
+        ("--models", options.models or [], eager.MODELS),
+    ):
+        if not set(chosen) <= set(known):
+            parser.error(f"{what} must be of {', '.join(known)}, got {','.join(chosen)}")
+    if options.models and not options.eager:
+        parser.error("--models needs --eager")
+    options.device = report.device(parser, options.device)
     if options.tokens is None and not options.eager:
         is_short = options.quick and options.device == "cuda"
         options.tokens = QUICK_TOKENS if is_short else TOKENS[options.device]
@@ -348,6 +356,8 @@ def main() -> None:
     """Runs what was asked for; prints a table, and writes the results file."""
     options = parse_arguments()
     device = torch.device(options.device)
+    if device.type == "cpu":
+        report.say("toy models: on the CPU this checks the code, and measures nothing")
     failures: list[str] = []
     (eager.run if options.eager else run)(options, device, failures)
     report.end(failures)

@@ -541,22 +541,24 @@ def is_embedding(result: dict) -> bool:
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
 
-    def shape(text: str) -> tuple[int, int]:
-        n_out, n_in = map(int, text.split("x"))
-        return n_out, n_in
+    def shapes(text: str) -> list[tuple[int, int]]:
+        return [(int(n_out), int(n_in)) for n_out, n_in in (s.split("x") for s in text.split(","))]
+
+    def lengths(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     parser.add_argument("--quick", action="store_true", help="fewer lengths and repetitions")
     parser.add_argument(
         "--shapes",
-        type=lambda text: [shape(part) for part in text.split(",")],
+        type=shapes,
         metavar="4096x4096,512x2048",
         help="of main gradients",
     )
     parser.add_argument(
         "--tokens",
-        type=lambda text: [int(part) for part in text.split(",")],
+        type=lengths,
         metavar="256,1024",
         help="lengths",
     )
@@ -566,8 +568,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--backends", type=lambda text: text.split(","), metavar="cuda,triton")
     parser.add_argument("--json", type=Path, help="results file to write", metavar="PATH")
     options = parser.parse_args()
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.backends and not set(options.backends) <= set(dispatch.BACKENDS):
+        parser.error(f"--backends must be of {', '.join(dispatch.BACKENDS)}")
+    options.device = report.device(parser, options.device)
     return options
 
 

@@ -177,11 +177,9 @@ def table(columns: Sequence[str], lines: Sequence[Sequence[str]], results: dict)
     return "\n".join(head + body) + f"\n\n{provenance(results['environment'])}\n"
 
 
-def quotient(one: dict | None, other: dict | None, quantity: str = "p50_us") -> str:
-    """Returns how many times one row's quantity is another's, or nothing where either lacks."""
-    if one is None or other is None or not one[quantity] or not other[quantity]:
-        return ""
-    return f"{one[quantity] / other[quantity]:.2f}"
+def quotient(one: dict | None, other: dict | None) -> str:
+    """Returns how many times one row's time is another's, or nothing where either lacks."""
+    return "" if one is None or other is None else f"{one['p50_us'] / other['p50_us']:.2f}"
 
 
 def time_of(result: dict | None) -> str:
@@ -274,6 +272,11 @@ def eager_block(device: str) -> str:
     def gigabytes(result: dict | None) -> str:
         return f"{result['peak_bytes'] / 1e9:.2f}" if result and result["peak_bytes"] else ""
 
+    def megabytes_more(one: dict | None, other: dict | None) -> str:
+        if not one or not other or not one["peak_bytes"]:
+            return ""
+        return f"{(one['peak_bytes'] - other['peak_bytes']) / 1e6:+.0f}"
+
     lines = []
     for (model, family, tokens), case in cases.items():
         stock, hook, ours = (case.get(role) for role in ("stock", "hook", "ours"))
@@ -285,13 +288,12 @@ def eager_block(device: str) -> str:
                 "" if ours is None else f"{ours['host_us'] / ours['p50_us']:.0%}",
                 *(f"{result['error']:.2e}" if result else "" for result in (stock, ours)),
                 gigabytes(stock),
-                gigabytes(ours),
-                *bold([quotient(ours, stock, "peak_bytes")]),
+                *bold([megabytes_more(ours, stock)]),
             ]
         )
     columns = ["wall clock of a micro-batch", "PyTorch", "fuse=False", "attach"]
     columns += ["attach / PyTorch", "host", "error, PyTorch", "attach"]
-    columns += ["peak GB, PyTorch", "attach", "attach / PyTorch"]
+    columns += ["peak GB, PyTorch", "attach, MB more"]
     return table(columns, lines, results)
 
 

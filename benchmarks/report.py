@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from timing import Timing
 
 T = TypeVar("T")
@@ -32,6 +34,14 @@ def tracked(items: Sequence[T], description: str) -> Iterator[T]:
             return
     print(f"{description}: {len(items)} measurements", file=sys.stderr, flush=True)
     yield from items
+
+
+def device(parser: argparse.ArgumentParser, asked_for: str | None) -> str:
+    """Returns the device to run on; ends the command with an error where it is not there."""
+    is_there = torch.cuda.is_available()
+    if asked_for == "cuda" and not is_there:
+        parser.error("--device cuda: torch sees no GPU")
+    return asked_for or ("cuda" if is_there else "cpu")
 
 
 def say(text: str) -> None:

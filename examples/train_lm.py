@@ -314,6 +314,8 @@ def parse_arguments() -> tuple[argparse.Namespace, Config]:
     kind = arguments.device.split(":")[0]
     if kind not in ("cpu", "cuda"):
         parser.error(f"--device must be cpu or cuda, got {arguments.device}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
     config = CONFIGS["quick" if arguments.quick else kind]
     config.steps = arguments.steps or config.steps
     config.micro_batches = arguments.micro_batches or config.micro_batches

@@ -625,19 +625,21 @@ def attach(
             micro-batches.
         backend: ``"auto"`` for the fastest on each device, or ``"cuda"``, ``"triton"``, ``"cpu"``
             or ``"reference"``.
-        fuse: whether weight gradients of linear layers, embeddings and expert weights go straight
-            into the main gradient, without a 16-bit tensor between: ``"auto"`` on CUDA where it
-            wins, True wherever it is possible, False nowhere. What is not fused has its gradient
-            added by the hook.
+        fuse: whether weight gradients of a module's linear layers, embeddings and expert weights
+            go straight into the main gradient, without a 16-bit tensor between: ``"auto"`` on CUDA
+            where it wins, True wherever it is possible, False nowhere. What is not fused has its
+            gradient added by the hook.
 
     Returns:
         The :class:`Accumulator`.
 
     Raises:
-        TypeError: integer or complex parameters, tensor subclasses.
-        ValueError: nothing that requires grad; parameters already attached, on the meta device or
-            on one that no backend serves; a scale that is not positive and finite; an unknown
-            backend. Nothing was changed.
+        TypeError: neither a module nor tensors; integer or complex parameters, tensor subclasses; a
+            scale that is no number.
+        ValueError: nothing that requires grad; parameters already attached, uninitialised, sparse,
+            no leaves, on the meta device or on one that no backend serves; a scale that is not
+            positive and finite; an unknown backend or fuse; fuse=True for a list, or for an
+            embedding with max_norm or scale_grad_by_freq. Nothing was changed.
         RuntimeError: the backend is not available, or inference mode is on; nothing was changed.
     """
     if not isinstance(scale, (int, float)):
@@ -657,6 +659,8 @@ def attach(
     fused.check(root, fuse)
     named = _named(model_or_params)
     params = {name: param for name, param in named.items() if param.requires_grad}
+    if not named:
+        raise ValueError("attach: got no parameters: an empty model or list, or a used-up iterator")
     if not params:
         raise ValueError(f"attach: none of the {len(named)} parameters requires grad")
     for name, param in params.items():
@@ -692,7 +696,8 @@ def _named(model_or_params) -> dict[str, Tensor]:
     for index, param in enumerate(params):
         if not isinstance(param, Tensor):
             raise TypeError(
-                f"attach: expected a module or tensors, got {type(param).__name__} at {index}"
+                f"attach: expected a module or tensors, as of model.parameters(), got "
+                f"{type(param).__name__} at {index}"
             )
         if not (param.is_floating_point() or param.is_complex()):
             raise TypeError(

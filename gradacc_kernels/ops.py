@@ -320,7 +320,8 @@ def grad_stats(
         TypeError, ValueError: both or none of the lists, an empty list, other dtypes or devices.
     """
     if (main_grads is None) == (partials is None):
-        raise ValueError("grad_stats: pass either main_grads or partials, not both")
+        got = "neither" if partials is None else "both"
+        raise ValueError(f"grad_stats: pass either main_grads or partials, got {got}")
     tensors = main_grads if partials is None else partials
     return torch.ops.gradacc_kernels.grad_stats(
         list(tensors), partials is not None, backend=backend

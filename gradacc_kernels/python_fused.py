@@ -73,7 +73,7 @@ def _refuse_compiled_autograd() -> None:
     if module is not None and module.in_compiled_autograd_region:
         raise RuntimeError(
             "gradacc_kernels: compiled autograd cannot trace a fused module. Turn it off "
-            "(torch._dynamo.config.compiled_autograd = False), or attach with fuse=False."
+            "(torch._dynamo.config.compiled_autograd = False), or detach the Accumulator."
         )
 
 

@@ -32,7 +32,7 @@ def test_attached_already():
 def test_nothing_requires_grad():
     model = mlp().requires_grad_(False)
     refused(ValueError, "none of the 6 parameters requires grad", model)
-    refused(ValueError, "none of the 0 parameters requires grad", [])
+    refused(ValueError, "got no parameters", [])
 
 
 def test_integer_and_complex_parameters():
@@ -62,7 +62,7 @@ def test_meta_and_uninitialised_parameters():
 
 
 def test_what_is_no_parameter():
-    with pytest.raises(TypeError, match="expected a module or tensors, got str at 0"):
+    with pytest.raises(TypeError, match="got str at 0"):
         gk.attach(["weight"])
     with pytest.raises(TypeError, match="expected a module or tensors, got SGD"):
         gk.attach(torch.optim.SGD([parameter([1.0])]))

@@ -60,7 +60,7 @@ class FusedNode : public torch::autograd::Node {
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {
     TORCH_CHECK(false,
                 "gradacc_kernels: compiled autograd cannot trace a fused module. Turn it off "
-                "(torch._dynamo.config.compiled_autograd = False), or attach with fuse=False.");
+                "(torch._dynamo.config.compiled_autograd = False), or detach the Accumulator.");
   }
 };
 
