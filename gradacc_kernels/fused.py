@@ -92,6 +92,27 @@ class ProductForward(FusedForward):
         return type(module).forward(module, *args, **kwargs)
 
 
+class LookupForward(ProductForward):
+    """Computes an embedding's lookup, as long as its attributes are those of attach."""
+
+    __slots__ = ("attributes",)
+
+    def __init__(self, module: nn.Module, call: Callable | None = None):
+        super().__init__(module, call)
+        self.attributes = _attributes(module)
+
+    def __call__(self, *args, **kwargs):
+        """Returns what the class's forward would."""
+        module = self.module()
+        if _attributes(module) == self.attributes:
+            return super().__call__(*args, **kwargs)
+        return type(module).forward(module, *args, **kwargs)
+
+
+def _attributes(module: nn.Embedding) -> tuple:
+    return module.padding_idx, module.max_norm, module.scale_grad_by_freq, module.sparse
+
+
 class ExpertsForward(FusedForward):
     """Runs the module's own forward, and takes over its products with expert weights."""
 
@@ -248,7 +269,7 @@ def _embedding(module, mode, find):
     form = _form(covered)
     padding_idx = -1 if module.padding_idx is None else module.padding_idx
     lookup = form.FusedEmbedding(covered.hooks, covered.index, weight, padding_idx, module.sparse)
-    return ProductForward(module, form.FusedLookup(_watch(form, module, ("weight",)), lookup))
+    return LookupForward(module, form.FusedLookup(_watch(form, module, ("weight",)), lookup))
 
 
 def _experts(module, mode, find):

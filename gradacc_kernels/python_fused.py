@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -241,7 +241,8 @@ class FusedWeight:
         """Returns the copy of the weight that was multiplied with, as a function of the weight."""
         if not is_tracked:
             return cast
-        if self._weight._version != version:
+        is_same = cast.dtype != self._weight.dtype or cast.data_ptr() == self._weight.data_ptr()
+        if not is_same or self._weight._version != version:
             raise RuntimeError(
                 "gradacc_kernels: a weight was modified in place between forward and a backward "
                 "with create_graph=True"
@@ -268,12 +269,15 @@ class _Multiply(torch.autograd.Function):
     def forward(ctx, given, weight, bias, call):
         fused, _, product, input, cast = call
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.version = call._replace(input=None), weight._version
+        offsets, product = product.offsets, replace(product, offsets=None)
+        ctx.call, ctx.version = call._replace(input=None, product=product), weight._version
         ctx.input_dtype = given.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         is_weight_saved = cast is weight and ctx.needs_input_grad[0]
-        ctx.save_for_backward(input, *([weight] if is_weight_saved else []))
-        return product.apply(input, fused.matrix(cast, product), bias)
+        # Not the parameter itself, whose memory `.data =` may replace.
+        saved = weight.detach() if is_weight_saved else None
+        ctx.save_for_backward(input, offsets, saved)
+        return call.product.apply(input, fused.matrix(cast, product), bias)
 
     @staticmethod
     def backward(ctx, dy):
@@ -281,14 +285,15 @@ class _Multiply(torch.autograd.Function):
             return None, None, None, None
         _refuse_compiled_autograd()
         fused, hooks, product, _, cast = ctx.call
-        input, *weights = ctx.saved_tensors
+        input, offsets, saved = ctx.saved_tensors
+        product = replace(product, offsets=offsets)
         to_input, to_weight, to_bias = [node for node, _ in (*ctx.next_functions, (None, 0))[:3]]
         # With grad mode on, as under create_graph, the gradients are differentiable ones.
         is_tracked = torch.is_grad_enabled() or not _is_plain(dy) or not _is_plain(input)
         dx = dw = db = None
         with _no_autocast(input.device):
             if PythonHooks.demand(to_input) is not Demand.NOTHING:
-                weight = weights[0] if weights else fused.weight(cast, ctx.version, is_tracked)
+                weight = fused.weight(cast if saved is None else saved, ctx.version, is_tracked)
                 is_wide = dy.is_cuda and ctx.input_dtype == torch.float32 and not is_tracked
                 is_wide = is_wide and dy.dtype != torch.float32
                 matrix = fused.matrix(weight, product)

@@ -121,7 +121,7 @@ class PythonHooks:
         self._removed = False
 
     def refresh(self) -> bool:
-        """Installs the hook where the node died or was made on another stream.
+        """Installs the hook where the node died or was made on another stream; restores cast views.
 
         Returns:
             False when a parameter's dtype, device, shape or strides are no longer those of
@@ -142,6 +142,9 @@ class PythonHooks:
                     and torch.ops.aten.is_non_overlapping_and_dense(variable)
                 ):
                     return False
+                grad = variable.grad
+                if grad is param.exposed and grad is not None and grad.dtype != param.main.dtype:
+                    self._restore(param)
                 if variable.requires_grad:
                     self._install(index, is_forced=stream != self._stream)
             self._stream = stream
@@ -182,10 +185,13 @@ class PythonHooks:
     def expose(self, index: int) -> None:
         """Makes a parameter's ``.grad`` a view of main, with the value that ``.grad`` had."""
         with self._lock:
-            param = self._params[index]
-            self._adopt(param)
-            self._show(param)
-            param.statistics_version = None
+            self._restore(self._params[index])
+
+    def _restore(self, param: _Param) -> None:
+        """Brings ``.grad`` back into main, and main back into ``.grad``."""
+        self._adopt(param)
+        self._show(param)
+        param.statistics_version = None
 
     def invalidate(self) -> None:
         """Declares the statistics slots stale."""
@@ -216,9 +222,7 @@ class PythonHooks:
         grad = param.variable.grad
         if grad is None:
             return None
-        if self._is_ours(grad, param) or self._was_cast(grad, param):
-            return param.main
-        return grad
+        return self._sum_of(grad, param)
 
     def _current_stream(self):
         if self._device.type != "cuda":
@@ -244,14 +248,30 @@ class PythonHooks:
             and grad._version == param.exposed_version
         )
 
+    def _sum_of(self, grad: Tensor, param: _Param) -> Tensor:
+        """What ``.grad`` stands for: main, or its own values.
+
+        Where our view was cast and written to, before or after, elements that the cast has only
+        rounded are those of main.
+        """
+        main = param.main
+        if self._is_ours(grad, param) or self._was_cast(grad, param):
+            return main
+        if grad.layout != torch.strided:
+            return grad.detach().to_dense()
+        grad_is_view = grad is param.exposed and grad.dtype != main.dtype
+        if not grad_is_view or grad.device != main.device or grad.shape != main.shape:
+            return grad.detach()
+        with torch.no_grad():
+            is_rounded = (main.to(grad.dtype) == grad) & (grad != 0)
+            return torch.where(is_rounded, main, grad.to(main.dtype))
+
     def _adopt(self, param: _Param) -> bool:
         grad = param.variable.grad
         if grad is None:
             return False
-        if not self._is_ours(grad, param) and not self._was_cast(grad, param):
-            value = grad.detach()
-            if value.layout != torch.strided:
-                value = value.to_dense()
+        value = self._sum_of(grad, param)
+        if value is not param.main:
             if value.untyped_storage().data_ptr() == param.main.untyped_storage().data_ptr():
                 value = value.clone()
             param.main.copy_(value)

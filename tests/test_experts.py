@@ -648,6 +648,22 @@ def test_what_is_no_expert_weight(backend):
     model[2](torch.ones(4, 8, device=backend.device)).sum().backward()
 
 
+def test_offsets_refilled_before_backward_are_refused(backend):
+    def product(x, offsets, w):
+        return torch._grouped_mm(x, w, offs=offsets)
+
+    for attach in (False, True):
+        module = Experts(product).to(backend.device, torch.bfloat16)
+        if attach:
+            gk.attach(module, backend=backend.name, fuse=True)
+        x = tokens(backend, torch.bfloat16)[0]
+        ends = torch.tensor([1] * (EXPERTS - 1) + [len(x)], dtype=torch.int32, device=x.device)
+        output = module(x, ends)
+        ends[0] = 0
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
 def test_nothing_keeps_a_model_alive(backend):
     gc.collect()
     gc.disable()  # no reference cycle: counting references is enough

@@ -365,6 +365,57 @@ def test_a_change_in_place_before_backward(device, of):
 
 
 @every_device
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_other_memory_for_the_weight_before_backward(device, create_graph):
+    """`.data =` is no change in place: backward is that of the weight that was multiplied with."""
+    found = []
+    for model in stock_and_fused(linear(device)):
+        torch.manual_seed(1)
+        x = rows(device).requires_grad_()
+        output = loss(model, x * 1)
+        model[0].weight.data = torch.randn_like(model[0].weight)
+        if create_graph and found:
+            with pytest.raises(RuntimeError, match="modified in place between forward"):
+                output.backward(create_graph=True)
+            return
+        output.backward(create_graph=create_graph)
+        found.append(x.grad)
+    assert_equal(found[1:], found[:1])
+
+
+@every_device
+@every_module
+@pytest.mark.parametrize("how", ["module", "node"])
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
+def test_hooks_on_the_fused_node(device, kind, how):
+    """They see the gradients of the node, and what they return takes their place."""
+    models, x = make(kind, device, torch.float32)
+    shapes = []
+
+    def change(*arguments):
+        gradients = arguments[-2]
+        shapes.append({grad.shape for grad in gradients if grad is not None})
+        return tuple(None if grad is None else 3 * grad for grad in gradients)
+
+    for model in models:
+        if how == "module":
+            model[0].register_backward_hook(change)
+        if x.is_floating_point():
+            x = x.detach().requires_grad_()
+        y = model(x * 1 if x.is_floating_point() else x)
+        if how == "node":
+            node = y.grad_fn
+            while not node.name().startswith(("Fused", "Addmm", "Mm", "Embedding")):
+                node = node.next_functions[0][0]
+            node.register_hook(change)
+        y.float().square().sum().backward()
+    stock, model = models
+    assert model[0].weight.shape in shapes[1]
+    for ours, theirs in zip(grads(model), grads(stock), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@every_device
 def test_a_change_of_the_weight_that_no_gradient_needs(device):
     """Without a gradient of the input the weight is not read again, in stock PyTorch too."""
     for model in stock_and_fused(linear(device)):

@@ -11,6 +11,7 @@ import torch
 from fused_cases import (
     Case,
     assert_equal,
+    embedding,
     every_device,
     every_kind,
     fused,
@@ -24,6 +25,7 @@ from fused_cases import (
 )
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradacc_kernels as gk
 
@@ -485,6 +487,41 @@ def test_a_graph_that_outlives_the_model(device, kind):
     gc.collect()
     y.backward()
     assert weight.grad.dtype == torch.bfloat16 and weight.grad.unique().tolist() == [3.0]
+
+
+@every_device
+@pytest.mark.parametrize(
+    ("name", "value"), [("padding_idx", 1), ("max_norm", 0.5), ("scale_grad_by_freq", True)]
+)
+def test_an_attribute_of_an_embedding_that_is_set_later(device, name, value):
+    models = stock_and_fused(embedding(device))
+    for model in models:
+        setattr(model[0], name, value)
+        model(torch.tensor([1, 1, 2], device=device)).square().sum().backward()
+    stock, model = models
+    for ours, theirs in (
+        (model[0].weight.grad, stock[0].weight.grad),
+        (model[0].weight, stock[0].weight),
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@every_device
+def test_a_dispatch_mode_that_calls_the_accumulator(device):
+    model = linear(device)
+    accumulator = gk.attach(model, fuse=True)
+    model[0].weight.grad = torch.zeros_like(model[0].weight)
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            accumulator.refresh()
+            accumulator.grad_norm(from_statistics=True)
+            return function(*args, **(kwargs or {}))
+
+    loss = model(rows(device)).sum()
+    with Mode():
+        loss.backward()
+    assert model[0].bias.grad.unique().tolist() == [4.0]
 
 
 MODES = {"fake tensors": FakeTensorMode, "inference": torch.inference_mode}

@@ -1,7 +1,9 @@
 """Fused layers that read one activation: one 16-bit copy of it, and one sum of its gradient."""
 
 import copy
+import resource
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +43,13 @@ def activation(device, family, *shape):
     dtype = torch.bfloat16 if family == "bfloat16" else torch.float32
     leaf = torch.randn(*(shape or (2, 5, WIDTH)), device=device).to(dtype).requires_grad_()
     return leaf, leaf * 1
+
+
+def resident(device):
+    """Bytes of memory that are in use."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def run(model, x, family):
@@ -375,6 +384,83 @@ def test_backwards_in_several_threads(device):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@every_device
+def test_a_backward_inside_of_another(device):
+    """The inner one frees the node that both pass, and the outer one's sum stays."""
+    found = []
+    for net in pair(device, "float32"):
+        torch.manual_seed(0)
+        x, _ = activation(device, "float32")
+        first, second, third = net(x + 0)  # whose node saves nothing: it may run twice
+        inner = first.sum()
+        second.register_hook(lambda _, inner=inner: inner.backward())
+        (second.sum() + third.sum()).backward()
+        found.append(x.grad)
+    close(*found, "float32")
+
+
+@every_device
+def test_backwards_of_several_threads_that_free_the_graph(device):
+    found = []
+    for net in pair(device, "float32"):
+        torch.manual_seed(0)
+        sums = []
+        for _ in range(30):
+            x, _ = activation(device, "float32", 64, WIDTH)
+            outputs = net(x + 0)
+            threads = [
+                threading.Thread(target=loss(part).backward) for part in (outputs[:2], outputs[2:])
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            sums.append(x.grad)
+        found.append(torch.stack(sums))
+    close(*found, "float32")
+
+
+@every_device
+def test_backwards_that_raise_free_their_sums(device):
+    class Raise(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            raise ValueError("in the middle")
+
+    _, model = pair(device, "float32")
+    _, hidden = activation(device, "float32", 1 << 16, WIDTH)  # 4 MB
+    first = model.layers[0](hidden)
+    raising = Raise.apply(torch.ones(1, device=device, requires_grad=True))
+    total = loss([first, raising, *(layer(hidden) for layer in model.layers[1:])])
+    before = resident(device)
+    for _ in range(60):
+        with pytest.raises(ValueError, match="in the middle"):
+            total.backward(retain_graph=True)
+    assert resident(device) - before < 20 * hidden.nbytes
+
+
+@every_device
+def test_the_gradient_at_the_shared_node(device):
+    """Asked for by an edge, or seen by a hook there, it is the sum as everywhere else."""
+    _, model = pair(device, "float32")
+    x, hidden = activation(device, "float32")
+    outputs = model(hidden)
+    (expected,) = torch.autograd.grad(loss(outputs), x, retain_graph=True)
+    node = outputs[0].grad_fn.next_functions[0][0]
+    assert node.name() == "FusedInputBackward"
+    edge = torch.autograd.graph.GradientEdge(node, 0)
+    close(torch.autograd.grad(loss(outputs), edge, retain_graph=True)[0], expected, "float32")
+    seen = []
+    node.register_prehook(lambda grads: seen.append(grads[0]))
+    loss(outputs).backward()
+    close(seen[0], expected, "float32")
+    close(x.grad, expected, "float32")
 
 
 @every_device

@@ -67,6 +67,23 @@ def test_zeroing_a_cast_view_does_not_bring_old_sums_back(hook):
 
 
 @every_hook
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_after_an_edit_rounds_nothing(hook, dtype):
+    """Also a cast to the dtype that the model has, after which no parameter looks changed."""
+    device, backend = hook
+    model = torch.nn.Linear(2, 1, bias=False).to(device, torch.bfloat16)
+    accumulator = gk.attach(model, backend=backend)
+    arrive(model.weight, [[1.0, 8.0]])
+    model.weight.grad.add_(2.0**-20)
+    model.to(dtype)
+    with torch.no_grad():
+        model.weight.grad[0, 1] = 3.0  # and an edit after it counts
+    accumulator.refresh()
+    assert model.weight.grad.dtype == torch.float32
+    assert model.weight.grad.tolist() == [[1 + 2.0**-20, 3.0]]
+
+
+@every_hook
 def test_main_grad_as_grad_survives_a_cast(hook):
     device, backend = hook
     param = parameter([1.0] * 1000, device=device)

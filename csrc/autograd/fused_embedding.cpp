@@ -32,7 +32,9 @@ class LookupBackward : public FusedNode {
     const at::Tensor indices = indices_.unpack();
     const Demand demand = GradHooks::demand(next_edge(0), hooks_.get());
     if (demand == Demand::kNothing) return {at::Tensor()};
-    if (demand == Demand::kMainGrad && !at::GradMode::is_enabled() && is_plain(dy) &&
+    // Hooks on this node see its gradient, and may return another.
+    const bool is_watched = !post_hooks().empty();
+    if (demand == Demand::kMainGrad && !is_watched && !at::GradMode::is_enabled() && is_plain(dy) &&
         is_plain(indices) && add(dy, indices))
       return {at::Tensor()};
     const at::Tensor grad =

@@ -31,18 +31,21 @@ class ProductBackward : public FusedNode {
   // that was multiplied with, if that was not the weight itself.
   void save(const at::Tensor& input, const at::Tensor& cast) {
     input_ = autograd::SavedVariable(input, false);
+    if (product_.offsets) offsets_ = autograd::SavedVariable(*product_.offsets, false);
     if (!should_compute_output(kInput)) return;
+    version_ = static_cast<int64_t>(fused_->weight_._version());
     if (cast.is_same(fused_->weight_)) {
-      weight_ = autograd::SavedVariable(cast, false);
+      // Not the parameter itself, whose memory `.data =` may replace.
+      weight_ = autograd::SavedVariable(cast.tensor_data(), false);
     } else {
       cast_ = cast;
-      version_ = static_cast<int64_t>(fused_->weight_._version());
     }
   }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     input_.reset_data();
+    offsets_.reset_data();
     weight_.reset_data();
     cast_.reset();
   }
@@ -53,6 +56,7 @@ class ProductBackward : public FusedNode {
     if (!dy.defined()) return result;
     const std::unique_lock<std::mutex> lock(mutex_);
     const at::Tensor input = input_.unpack();
+    if (product_.offsets) product_.offsets = offsets_.unpack();
     // With grad mode on, as under create_graph, the gradients are differentiable ones.
     const bool is_tracked = at::GradMode::is_enabled() || !is_plain(dy) || !is_plain(input);
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
@@ -63,7 +67,8 @@ class ProductBackward : public FusedNode {
       result[kInput] = input_gradient(dy, weight(is_tracked), input.sizes(), is_tracked);
     if (task_should_compute_output(kWeight)) {
       const Demand demand = GradHooks::demand(next_edge(kWeight), hooks_.get());
-      const bool is_added = !is_tracked && demand == Demand::kMainGrad && add(dy, input);
+      const bool is_added =
+          !is_tracked && !is_watched() && demand == Demand::kMainGrad && add(dy, input);
       if (!is_added && demand != Demand::kNothing) result[kWeight] = weight_gradient(dy, input);
     }
     if (task_should_compute_output(kBias)) {
@@ -78,13 +83,18 @@ class ProductBackward : public FusedNode {
  private:
   static constexpr size_t kInput = 0, kWeight = 1, kBias = 2;
 
+  // Hooks on this node see its gradients, and may return others.
+  bool is_watched() const { return !post_hooks().empty(); }
+
   at::Tensor weight(bool is_tracked) const {
-    if (!cast_.defined()) return weight_.unpack();
-    if (!is_tracked) return cast_;
-    TORCH_CHECK(static_cast<int64_t>(fused_->weight_._version()) == version_,
+    const at::Tensor saved = cast_.defined() ? cast_ : weight_.unpack();
+    if (!is_tracked) return saved;
+    const at::Tensor& weight = fused_->weight_;
+    const bool is_same = cast_.defined() || saved.const_data_ptr() == weight.const_data_ptr();
+    TORCH_CHECK(is_same && static_cast<int64_t>(weight._version()) == version_,
                 "gradacc_kernels: a weight was modified in place between forward and a backward "
                 "with create_graph=True");
-    return fused_->weight_.to(cast_.scalar_type());
+    return weight.to(saved.scalar_type());
   }
 
   // The gradient of the input, in the dtype in which that was given; or nothing, where it has been
@@ -96,7 +106,8 @@ class ProductBackward : public FusedNode {
       case FusedWeight::Form::kLinear: {
         const at::Tensor rows = as_rows(dy);
         if (is_tracked) return rows.mm(matrix).view(sizes).to(input_dtype_);
-        if (auto* shared = dynamic_cast<SharedInputNode*>(next_edge(kInput).function.get())) {
+        auto* shared = dynamic_cast<SharedInputNode*>(next_edge(kInput).function.get());
+        if (shared && !shared->is_watched() && !is_watched()) {
           shared->add([&](at::Tensor& sum) { add_product(sum, rows, matrix, sizes); });
           return {};
         }
@@ -186,10 +197,11 @@ class ProductBackward : public FusedNode {
 
   const std::shared_ptr<FusedWeight> fused_;
   const std::shared_ptr<GradHooks> hooks_;
-  const FusedWeight::Product product_;
+  FusedWeight::Product product_;  // whose offsets are those that were saved, during apply
   const at::ScalarType input_dtype_;
   const at::ScalarType bias_dtype_;
   autograd::SavedVariable input_;
+  autograd::SavedVariable offsets_;
   autograd::SavedVariable weight_;
   at::Tensor cast_;
   int64_t version_ = -1;

@@ -10,6 +10,7 @@
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_hook.h>
+#include <torch/csrc/utils/torch_dispatch_mode.h>
 
 #include <algorithm>
 #include <deque>
@@ -59,10 +60,12 @@ class GradHooks::PreHook : public autograd::FunctionPreHook {
 };
 
 // Holds the mutex; lets tensors that `.grad` gave up die after its release, for a Python finaliser
-// of theirs may call us.
+// of theirs may call us. So may the handler of a dispatch mode: none sees what happens meanwhile.
 class GradHooks::Lock {
  public:
-  explicit Lock(GradHooks& hooks) : hooks_(hooks), lock_(hooks.mutex_) {}
+  explicit Lock(GradHooks& hooks) : hooks_(hooks), lock_(hooks.mutex_) {
+    if (c10::impl::TorchDispatchModeTLS::any_modes_set()) no_modes_.emplace();
+  }
   ~Lock() {
     const auto retired = std::exchange(hooks_.retired_, {});
     lock_.unlock();
@@ -71,6 +74,7 @@ class GradHooks::Lock {
  private:
   GradHooks& hooks_;
   std::unique_lock<std::mutex> lock_;
+  std::optional<torch::torch_dispatch_mode::StashTorchDispatchStackGuard> no_modes_;
 };
 
 namespace {
@@ -203,6 +207,10 @@ bool GradHooks::refresh() {
         (variable.numel() > 0 && !same_layout(variable, param.main) &&
          variable.is_non_overlapping_and_dense()))
       return false;
+    const at::Tensor& grad = variable.mutable_grad();
+    if (grad.defined() && grad.scalar_type() != param.main.scalar_type() &&
+        grad.is_same(param.exposed))
+      restore(param);
     if (autograd::impl::try_get_grad_accumulator(variable) != param.node || !param.node) {
       install(i);
     } else if (stream && param.node->stream() != stream && param.node.use_count() == 1 &&
@@ -226,7 +234,11 @@ void GradHooks::remove() {
 
 void GradHooks::expose(int64_t index) {
   const Lock lock(*this);
-  Param& param = params_.at(index);
+  restore(params_.at(index));
+}
+
+// Brings `.grad` back into main, and main back into `.grad`.
+void GradHooks::restore(Param& param) {
   adopt(param);
   show(param);
   param.statistics_version.reset();
@@ -261,7 +273,7 @@ std::optional<at::Tensor> GradHooks::current(int64_t index) {
   const Param& param = params_.at(index);
   const at::Tensor& grad = param.variable.mutable_grad();
   if (!grad.defined()) return std::nullopt;
-  return is_ours(grad, param) || was_cast(grad, param) ? param.main : grad;
+  return sum_of(grad, param);
 }
 
 // By address, not by identity: Module.to() writes another tensor into the `.grad` object.
@@ -278,13 +290,26 @@ bool GradHooks::was_cast(const at::Tensor& grad, const Param& param) const {
          static_cast<int64_t>(grad._version()) == param.exposed_version;
 }
 
+// What `.grad` stands for: main, or its own values. Where our view was cast and written to, before
+// or after, elements that the cast has only rounded are those of main.
+at::Tensor GradHooks::sum_of(const at::Tensor& grad, const Param& param) const {
+  if (is_ours(grad, param) || was_cast(grad, param)) return param.main;
+  if (grad.layout() != at::kStrided) return grad.to_dense();
+  if (!grad.is_same(param.exposed) || grad.scalar_type() == param.main.scalar_type() ||
+      grad.device() != device_ || grad.sizes() != param.main.sizes())
+    return grad;
+  const at::NoGradGuard no_grad;
+  const at::Tensor is_rounded = param.main.to(grad.scalar_type()).eq(grad).logical_and_(grad.ne(0));
+  return at::where(is_rounded, param.main, grad.to(param.main.scalar_type()));
+}
+
 // Brings into main what `.grad` holds; false when there is none, so that main must be stored to.
 bool GradHooks::adopt(Param& param) {
   const at::Tensor& grad = param.variable.mutable_grad();
   if (!grad.defined()) return false;
-  if (is_ours(grad, param) || was_cast(grad, param)) return true;
+  const at::Tensor value = sum_of(grad, param);
+  if (value.is_same(param.main)) return true;
   const at::NoGradGuard no_grad;
-  const at::Tensor value = grad.layout() == at::kStrided ? grad : grad.to_dense();
   param.main.copy_(value.is_alias_of(param.main) ? value.clone() : value);
   return true;
 }

@@ -59,7 +59,8 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
             std::vector<at::Tensor> partials, double scale, at::Tensor inv_scale,
             int64_t queue_below, int64_t queue_bytes);
 
-  // Installs the hook where the node died or was made on a stream other than the current one.
+  // Installs the hook where the node died or was made on a stream other than the current one, and
+  // puts views back that Module.to() has cast.
   // False when a parameter's dtype, device, shape or strides are no longer those of construction.
   bool refresh();
   // Ends the hook's work, after adding what is still queued; `.grad` stays as it is.
@@ -126,8 +127,10 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   bool is_ours(const at::Tensor& grad, const Param& param) const;
   bool was_cast(const at::Tensor& grad, const Param& param) const;
   bool are_statistics_valid(const Param& param) const;
+  at::Tensor sum_of(const at::Tensor& grad, const Param& param) const;
   bool adopt(Param& param);
   void show(Param& param);
+  void restore(Param& param);
   bool is_watched(const Param& param) const;
   void settle(Param& param);
   const Factor& factor();

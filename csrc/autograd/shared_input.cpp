@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
 
+#include <iterator>
+
 namespace gradacc {
 
 namespace autograd = torch::autograd;
@@ -16,7 +18,7 @@ autograd::variable_list SharedInputNode::apply(autograd::variable_list&& grads) 
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = sums_.find(autograd::get_current_graph_task_id());
     if (found != sums_.end()) {
-      sum = std::move(found->second);
+      if (const auto own = found->second.lock()) sum = std::move(*own);
       sums_.erase(found);
     }
   }
@@ -24,14 +26,26 @@ autograd::variable_list SharedInputNode::apply(autograd::variable_list&& grads) 
   return {grads[0].defined() ? grads[0] + sum : std::move(sum)};
 }
 
-void SharedInputNode::release_variables() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  sums_.clear();
+bool SharedInputNode::is_watched() {
+  if (!pre_hooks().empty() || !tensor_pre_hooks().empty()) return true;
+  const auto* exec_info = autograd::get_current_graph_task_exec_info();
+  if (!exec_info || exec_info->empty()) return false;
+  const auto found = exec_info->find(this);
+  return found != exec_info->end() && found->second.captures_;
 }
 
 void SharedInputNode::add(c10::function_ref<void(at::Tensor& sum)> add) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  add(sums_[autograd::get_current_graph_task_id()]);
+  std::weak_ptr<at::Tensor>& known = sums_[autograd::get_current_graph_task_id()];
+  auto sum = known.lock();
+  if (!sum) {
+    sum = std::make_shared<at::Tensor>();
+    known = sum;
+    autograd::Engine::get_default_engine().queue_callback([sum] {});
+    for (auto entry = sums_.begin(); entry != sums_.end();)
+      entry = entry->second.expired() ? sums_.erase(entry) : std::next(entry);
+  }
+  add(*sum);
 }
 
 SharedInput::Key::Key(const at::Tensor& activation, at::ScalarType dtype,

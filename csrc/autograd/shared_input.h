@@ -15,6 +15,7 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <optional>
 #include <utility>
 
@@ -28,13 +29,15 @@ class SharedInputNode : public FusedNode {
  public:
   std::string name() const override { return "FusedInputBackward"; }
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
-  void release_variables() override;
 
+  // Whether somebody looks at the gradients that arrive here, as torch.autograd.grad may.
+  bool is_watched();
   // Calls `add` on the sum of the backward under way, which is undefined at first.
   void add(c10::function_ref<void(at::Tensor& sum)> add);
 
  private:
-  std::map<int, at::Tensor> sums_;  // of each backward under way
+  // Of each backward under way, whose callback owns it: one that raises drops it.
+  std::map<int, std::weak_ptr<at::Tensor>> sums_;
 };
 
 using SharedInputPointer = decltype(make_node<SharedInputNode>());
