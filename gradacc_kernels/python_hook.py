@@ -172,10 +172,15 @@ class PythonHooks:
         node.metadata[_NODE_KEY] = (hooks, index)
 
     def remove(self) -> None:
-        """Ends the hook's work, after adding what is still queued; ``.grad`` stays as it is."""
+        """Ends the hook's work, after adding what the backward that calls it has queued.
+
+        ``.grad`` stays as it is. What others have queued goes to stock autograd at their end.
+        """
         with self._lock:
+            graph_task = torch._C._current_graph_task_id()
             for queue in filter(None, (reference() for reference in self._queues)):
-                self._flush(queue)
+                if queue.graph_task == graph_task:
+                    self._flush(queue)
             self._removed = True
             for param in self._params:
                 if param.handle is not None:
@@ -379,15 +384,25 @@ class PythonHooks:
         if not entries:
             return
         queue.batch += 1
-        if self._removed:
-            return
+        add = self._hand_back if self._removed else self._commit
         caller = self._current_stream()
         if queue.stream == caller:
-            self._commit(entries)
+            add(entries)
             return
         with torch.cuda.stream(queue.stream):
-            self._commit(entries)
+            add(entries)
         caller.wait_stream(queue.stream)
+
+    @torch.no_grad()
+    def _hand_back(self, entries: Sequence[tuple[_Param, Tensor]]) -> None:
+        """Adds as stock accumulation does what was queued when others ended the hook's work."""
+        for param, queued in entries:
+            variable = param.variable
+            value = queued.float() * (self._inv_scale * self._scale)
+            if variable.grad is None:
+                variable.grad = value.to(variable)
+            else:
+                variable.grad = variable.grad + value.to(variable.grad)
 
     @staticmethod
     def demand(node: Any, hooks: PythonHooks | None = None) -> Demand:

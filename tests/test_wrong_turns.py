@@ -25,6 +25,21 @@ def test_detaching_inside_backward_adds_what_is_queued(hook, queueing):
 
 
 @every_hook
+def test_detaching_inside_a_nested_backward_loses_nothing_of_the_outer_one(hook, queueing):
+    device, backend = hook
+    early, late = (parameter([1.0], torch.bfloat16, device) for _ in range(2))
+    accumulator = gk.attach([early, late], backend=backend, scale=0.5)
+    inner = torch.ones(1, device=device, requires_grad=True) * 1
+    inner.register_hook(lambda grad: accumulator.detach())
+    hooked = late * 2
+    hooked.register_hook(lambda grad: inner.backward())
+    (hooked + early * 5).sum().backward()
+    # The other one arrived after detach, and has no scale.
+    assert (early.grad.item(), late.grad.item()) == (2.5, 2.0)
+    assert early.grad.dtype == torch.bfloat16
+
+
+@every_hook
 def test_evaluation_in_inference_mode(hook):
     device, backend = hook
     model, x = mlp(device), batch(device)

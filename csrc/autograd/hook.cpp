@@ -226,8 +226,13 @@ bool GradHooks::refresh() {
 // The PreHooks stay on their nodes, where the engine may be running them, and let gradients pass.
 void GradHooks::remove() {
   const Lock lock(*this);
-  for (const auto& weak : backwards_)
-    if (const auto backward = weak.lock()) finish(*backward);
+  for (const auto& weak : backwards_) {
+    const auto backward = weak.lock();
+    // Not another's: the engine may still hold one that has raised.
+    if (backward && backward->graph_task == autograd::get_current_graph_task_id())
+      finish(*backward);
+  }
+  if (beside_) order(*beside_, *current_stream(device_));
   removed_ = true;
   for (Param& param : params_) param.node = nullptr;
 }
@@ -439,17 +444,28 @@ void GradHooks::flush(Backward& backward) {
   const auto entries = std::exchange(backward.entries, {});
   backward.bytes = 0;
   ++backward.batch;
-  if (removed_) return;
+  const auto add = [&] { removed_ ? hand_back(entries) : commit(entries); };
   const auto caller = current_stream(device_);
-  if (backward.stream == caller) {
-    commit(entries);
-    return;
-  }
+  if (backward.stream == caller) return add();
   {
     const c10::StreamGuard guard(*backward.stream);
-    commit(entries);
+    add();
   }
   order(*backward.stream, *caller);
+}
+
+// Gradients that were queued when another backward, or another thread, ended the hook's work: as
+// stock accumulation adds them.
+void GradHooks::hand_back(const std::vector<Entry>& entries) {
+  const at::NoGradGuard no_grad;
+  for (const Entry& entry : entries) {
+    const at::Tensor& variable = entry.param->variable;
+    at::Tensor& grad = variable.mutable_grad();
+    const at::Tensor value = entry.grad.to(at::kFloat) * (inv_scale_ * scale_);
+    at::Tensor sum =
+        grad.defined() ? grad + value.to(grad.options()) : value.to(variable.options());
+    retired_.push_back(std::exchange(grad, std::move(sum)));
+  }
 }
 
 Demand GradHooks::demand(const autograd::Edge& edge, const GradHooks* hooks) {

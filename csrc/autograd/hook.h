@@ -63,7 +63,8 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   // puts views back that Module.to() has cast.
   // False when a parameter's dtype, device, shape or strides are no longer those of construction.
   bool refresh();
-  // Ends the hook's work, after adding what is still queued; `.grad` stays as it is.
+  // Ends the hook's work, after adding what the backward that calls it has queued; `.grad` stays as
+  // it is. What others have queued goes to stock autograd at their end.
   void remove();
   // Makes a parameter's `.grad` a view of main, with the value that `.grad` had.
   void expose(int64_t index);
@@ -139,6 +140,7 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   std::shared_ptr<Backward> backward_under_way();
   void enqueue(Entry entry);
   void flush(Backward& backward);
+  void hand_back(const std::vector<Entry>& entries);
   void finish(Backward& backward);
 
   const at::Device device_;

@@ -62,7 +62,7 @@ int rule(const WeightGrad& problem, bool is_scale_on_host) {
   if (elements < kFewElements) return kCublasLt;
   if (is_scale_on_host && problem.tokens >= many_tokens(elements, problem.store))
     return kCublasLt - kCublasLtPingpong;
-  return elements < kSomeElements ? kSingle : kWide;
+  return elements < kSomeElements && problem.tokens < 1024 ? kSingle : kWide;
 }
 
 }  // namespace
