@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import gradacc_kernels as gk
 
 # GRADACC_SEQUENCES: how many for each test; a night's worth by hand.
-SEQUENCES = int(os.environ.get("GRADACC_SEQUENCES", "30"))
+SEQUENCES = int(os.environ.get("GRADACC_SEQUENCES", "15"))
 STEPS = 30
 VOCABULARY, WIDTH, OUT, ROWS = 5, 3, 2, 4
 SCALE = 0.5
@@ -37,6 +37,9 @@ class Model(nn.Module):
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.head.weight = self.embedding.weight
         self.bare = nn.Parameter(torch.zeros(WIDTH))
+        with torch.no_grad():
+            for param in self.parameters():
+                param.copy_(integers(*param.shape))
 
     def forward(self, part, data):
         if part == "bare":
@@ -96,6 +99,9 @@ class Sequence(stateful.RuleBasedStateMachine):
         dy = integers(ROWS, WIDTH)
         return data, dy, {"bare": (data * dy).sum(0)}
 
+    def autocast(self, enabled):
+        return torch.autocast(self.device, torch.bfloat16, enabled=enabled)
+
     def loss(self, parts, seed, *, is_checkpointed=False, raising=False):
         """The loss of a micro-batch, and its gradients."""
         total, terms = 0, {}
@@ -130,12 +136,49 @@ class Sequence(stateful.RuleBasedStateMachine):
     seeds = st.integers(0, 1000)
     names = st.sampled_from(["embedding.weight", "linear.weight", "linear.bias", "bare"])
 
-    @stateful.rule(parts=parts, seed=seeds, is_checkpointed=st.booleans())
-    def backward(self, parts, seed, is_checkpointed):
-        loss, terms = self.loss(parts, seed, is_checkpointed=is_checkpointed)
+    @stateful.rule(
+        parts=parts, seed=seeds, is_checkpointed=st.booleans(), is_autocast=st.booleans()
+    )
+    def backward(self, parts, seed, is_checkpointed, is_autocast):
+        with self.autocast(is_autocast):
+            loss, terms = self.loss(parts, seed, is_checkpointed=is_checkpointed)
         if loss.requires_grad:
             loss.backward()
             self.add(terms)
+
+    @stateful.rule(
+        parts=st.lists(st.sampled_from(["linear", "head"]), min_size=1, max_size=4),
+        seed=seeds,
+        is_autocast=st.booleans(),
+        is_inner=st.booleans(),
+    )
+    def readers_of_an_activation(self, parts, seed, is_autocast, is_inner):
+        """Its gradient is that of all of them, also where one backward runs inside of another."""
+        torch.manual_seed(seed)
+        x = integers(ROWS, WIDTH)
+        leaf = x.to(self.device, self.dtype).requires_grad_()
+        losses, terms, exact = [], {}, torch.zeros(ROWS, WIDTH, dtype=torch.float64)
+        with self.autocast(is_autocast):
+            activation = leaf + 0
+            for part in parts:
+                weight = getattr(self.model, part).weight
+                dy = integers(ROWS, len(weight))
+                y = self.model(part, activation)
+                losses.append((y * dy.to(self.device, self.dtype)).sum().float())
+                exact += dy.double() @ weight.detach().double().cpu()
+                name = "linear.weight" if part == "linear" else "embedding.weight"
+                adds = {name: dy.t() @ x}
+                if part == "linear":
+                    adds["linear.bias"] = dy.sum(0)
+                for name, term in adds.items():
+                    if self.named()[name].requires_grad:
+                        terms[name] = terms.get(name, 0) + term.double()
+        if is_inner and len(losses) > 2:
+            inner = losses.pop(0)
+            losses[0].register_hook(lambda _: inner.backward())
+        sum(losses).backward()
+        self.add(terms)
+        assert leaf.grad.double().cpu().equal(exact)
 
     @stateful.rule(parts=parts, seed=seeds)
     def backward_twice(self, parts, seed):
