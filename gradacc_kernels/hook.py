@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from gradacc_kernels import checks, dispatch, fused, ops, python_fused
+from gradacc_kernels import checks, dispatch, fused, ops, optimizers, python_fused
 from gradacc_kernels.buffer import FlatBuffer
 from gradacc_kernels.python_hook import PythonHooks
 
@@ -62,6 +62,10 @@ def _find(param: Tensor) -> tuple[_Group, int] | tuple[None, None]:
     reference, index = _covered.get(param, (None, None))
     group = reference() if reference is not None else None
     return (group, index) if group is not None else (None, None)
+
+
+def _is_covered(param: Tensor) -> bool:
+    return _find(param)[0] is not None
 
 
 class _Group:
@@ -670,6 +674,7 @@ def attach(
                 f"attach: parameter {name} is attached already; call detach() on its Accumulator "
                 "first"
             )
+    optimizers.watch(_is_covered)
     attachment = _Attachment(params, float(scale), backend, fuse, root, len(named) - len(params))
     if root is not None:
         attachment.handle = root.register_forward_pre_hook(_RefreshBeforeForward(attachment))

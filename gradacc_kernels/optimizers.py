@@ -1,0 +1,64 @@
+"""Optimizers that cannot step 16-bit parameters with float32 gradients, refused before they step.
+
+torch's own error comes from an operator deep inside of the step, and names neither the parameter
+nor a way out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, optim
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+HALVES = (torch.float16, torch.bfloat16)
+# Their moving average is lerp_(gradient), whose operands must be of one dtype.
+AVERAGING = (optim.Adam, optim.Adamax, optim.NAdam, optim.RAdam)
+
+
+def why_unfit(optimizer: optim.Optimizer, group: dict) -> str | None:
+    """Returns what keeps a torch optimizer from mixing dtypes in a group; None where nothing does.
+
+    Optimizers of others are theirs to judge.
+    """
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return None
+    if group.get("fused"):
+        return "its fused kernels take"
+    if isinstance(optimizer, AVERAGING):
+        return "its moving averages take"
+    if isinstance(optimizer, optim.RMSprop) and group["centered"]:
+        return "its centred average takes"
+    return None
+
+
+@functools.cache
+def watch(is_covered: Callable[[Tensor], bool]) -> None:
+    """Has every torch optimizer look at its parameters before a step; once for a process.
+
+    Args:
+        is_covered: tells whether ``.grad`` of a parameter is a main gradient of ours.
+    """
+
+    def refuse(optimizer, args, kwargs):
+        for group in optimizer.param_groups:
+            reason = why_unfit(optimizer, group)
+            if reason is None:
+                continue
+            for param in group["params"]:
+                if param.dtype not in HALVES or param.grad is None:
+                    continue
+                if param.grad.dtype == torch.float32 and is_covered(param):
+                    name = type(optimizer).__name__
+                    raise TypeError(
+                        f"{name}.step: a {param.dtype} parameter of shape {list(param.shape)} has "
+                        f"the float32 gradient of gradacc_kernels.attach, and {reason} one dtype "
+                        f"alone. Step float32 copies of the parameters: give {name} [p.detach()."
+                        "float() for p in params], assign p.grad to the copies before a step, and "
+                        "copy them back after it (README). SGD, Adagrad, Adadelta, Adafactor and "
+                        "RMSprop take both dtypes, without fused=True."
+                    )
+
+    register_optimizer_step_pre_hook(refuse)
