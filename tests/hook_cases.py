@@ -50,6 +50,18 @@ class _Deliver(torch.autograd.Function):
         return ctx.grad, None
 
 
+class Raise(torch.autograd.Function):
+    """The identity, whose backward raises."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ValueError("in the middle")
+
+
 def mlp(device="cpu", dtype=torch.bfloat16, width=64):
     return torch.nn.Sequential(
         torch.nn.Linear(16, width),

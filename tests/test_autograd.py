@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from hook_cases import (
+    Raise,
     arrive,
     backward,
     batch,
@@ -190,15 +191,6 @@ def test_a_backward_that_raises_queues_nothing(hook, queueing):
     late, early = (parameter([0.0], torch.float32, device) for _ in range(2))
     accumulator = gk.attach([late, early], backend=backend)
     early.main_grad.fill_(float("nan"))
-
-    class Raise(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            raise ValueError("in the middle")
 
     # The node of `early` runs first: it is nearer to the loss.
     with pytest.raises(ValueError, match="in the middle"):

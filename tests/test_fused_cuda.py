@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from fused_cases import assert_equal, grads, language_model, tokens
+from hook_cases import Raise
 from torch import nn
 
 import gradacc_kernels as gk
@@ -168,15 +169,6 @@ def test_the_next_use_after_an_addition_beside_waits_for_it():
 
 @FAMILIES
 def test_a_backward_that_raises_leaves_the_next_window_right(family):
-    class Raise(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, dy):
-            raise ValueError("in the middle")
-
     model, data = deep(family), batches(64)
     gk.attach(model)
     expected = window(model, family, data)

@@ -25,6 +25,7 @@ from fused_cases import (
     stock_and_fused,
     tokens,
 )
+from hook_cases import Raise
 from torch import nn
 from torch.autograd.graph import get_gradient_edge, register_multi_grad_hook, save_on_cpu
 from torch.utils.checkpoint import (
@@ -582,15 +583,6 @@ def test_a_weight_that_is_used_outside_of_its_module_too(device, queueing, order
 
 @every_device
 def test_a_backward_that_raises(device, queueing):
-    class Raise(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            raise ValueError("in the middle")
-
     model = fused(language_model(device))
     indices = tokens(device)
     loss(model, indices).backward()

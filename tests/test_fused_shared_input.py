@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from fused_cases import assert_equal, every_device, fused, grads, is_fused
+from hook_cases import Raise
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -424,15 +425,6 @@ def test_backwards_of_several_threads_that_free_the_graph(device):
 
 @every_device
 def test_backwards_that_raise_free_their_sums(device):
-    class Raise(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, dy):
-            raise ValueError("in the middle")
-
     _, model = pair(device, "float32")
     _, hidden = activation(device, "float32", 1 << 16, WIDTH)  # 4 MB
     first = model.layers[0](hidden)

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from hook_cases import Raise
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -513,16 +514,6 @@ def test_threads(backend):
 
 def test_a_backward_that_raises(backend):
     module, _, _ = attached(backend, nn.Linear(IN, OUT))
-
-    class Raise(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            raise ValueError("in the middle")
-
     y = Raise.apply(module(inputs(backend)))
     with pytest.raises(ValueError, match="in the middle"):
         y.sum().backward()
