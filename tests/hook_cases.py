@@ -1,5 +1,6 @@
 """The hook's forms and small helpers for its tests."""
 
+import time
 from functools import reduce
 
 import pytest
@@ -60,6 +61,20 @@ class Raise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         raise ValueError("in the middle")
+
+
+def released(references, seconds=10.0):
+    """Whether nothing holds what these weak references are to.
+
+    The engine's thread of a GPU holds the last node that it ran until it has gone to sleep, which
+    may be after backward returned: that is waited for.
+    """
+    end = time.monotonic() + seconds
+    while any(reference() is not None for reference in references):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 def mlp(device="cpu", dtype=torch.bfloat16, width=64):

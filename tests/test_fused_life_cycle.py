@@ -23,6 +23,7 @@ from fused_cases import (
     stock_and_fused,
     tokens,
 )
+from hook_cases import released
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -471,7 +472,7 @@ def test_nothing_keeps_the_model_alive(device, kind):
         buffer = case.weight.main_grad.untyped_storage()
         alive = [weakref.ref(t) for t in (case.model, case.model[0], case.weight, buffer)]
         del case, buffer
-        assert [reference() for reference in alive] == [None] * 4
+        assert released(alive)
     finally:
         gc.enable()
     assert "detached" in repr(accumulator)
