@@ -7,6 +7,7 @@ Environment:
     GRADACC_NO_EXT=0|1      1: no extension at all; 0: fail when it cannot be built
     TORCH_CUDA_ARCH_LIST    architectures, as torch reads it; default 8.0;9.0;10.0;12.0+PTX as far
                             as nvcc knows them
+    GRADACC_CXX_FLAGS       flags for the C++ compiler, after those of this file
 """
 
 import importlib.util
@@ -33,6 +34,7 @@ CPU_SOURCES = [
     "csrc/autograd/hook.cpp",
     "csrc/autograd/node.cpp",
     "csrc/autograd/shared_input.cpp",
+    "csrc/autograd/uses.cpp",
     "csrc/bindings/cpu.cpp",
     "csrc/bindings/embedding.cpp",
     "csrc/bindings/module.cpp",
@@ -54,6 +56,7 @@ CUDA_SOURCES = [
 ]
 # No contraction: the CPU kernels say where a fused multiply-add is meant.
 CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-uninitialized"]
+CXX_FLAGS += os.environ.get("GRADACC_CXX_FLAGS", "").split()
 # -DNDEBUG: CUTLASS's assertions serialise its matrix instructions.
 NVCC_FLAGS = ["-O3", "-DNDEBUG", "-lineinfo", "--expt-relaxed-constexpr"]
 ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0"]

@@ -12,7 +12,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from gradacc_kernels import checks, dispatch, fused, ops, optimizers, python_fused
+from gradacc_kernels import checks, dispatch, fused, ops, optimizers, python_fused, window_state
 from gradacc_kernels.buffer import FlatBuffer
-from gradacc_kernels.python_hook import PythonHooks
+from gradacc_kernels.python_hook import PythonHooks, check_not_reduced
 
 PARAM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -66,6 +66,14 @@ def _find(param: Tensor) -> tuple[_Group, int] | tuple[None, None]:
 
 def _is_covered(param: Tensor) -> bool:
     return _find(param)[0] is not None
+
+
+def _end_window(param: Tensor) -> bool:
+    group, _ = _find(param)
+    if group is None:
+        return False
+    group.hooks.end_window()
+    return True
 
 
 class _Group:
@@ -217,7 +225,7 @@ class _Attachment:
             if param.grad_dtype not in (None, group.dtype):
                 # None lets `.grad` be float32, and a gradient of any dtype reach the hook uncast.
                 # The uses of a shared parameter are summed before any hook: float32 makes autograd
-                # cast each of them first.
+                # cast each of them first. Where one module makes several, backward shows it.
                 self.grad_dtypes.setdefault(name, (param.grad_dtype, param.dtype))
                 grad, param.grad = param.grad, None
                 param.grad_dtype = group.dtype if uses[id(param)] > 1 else None
@@ -267,19 +275,20 @@ class _Attachment:
         for group in self.groups:
             group.hooks.remove()
         kept = WeakTensorKeyDictionary({param: name for name, param in params.items()})
-        sums = WeakTensorKeyDictionary({param: param.grad for param in params.values()})
+        sums = WeakTensorKeyDictionary({param: (param.grad, 0) for param in params.values()})
         for group, index, name, param in list(self.members()):
             if param in kept:
-                sums[param] = group.hooks.current(index)
+                count = group.hooks.micro_batches(index)
+                sums[param] = group.hooks.current(index), count
             else:
                 self.release(group, index, name, param)
         for param in params.values():
             param.grad = None
         self.install(params, groups)
         for group, index, _, param in self.members():
-            if sums[param] is not None:
-                param.grad = sums[param].to(group.device, group.dtype)
-                group.hooks.expose(index)
+            total, micro_batches = sums[param]
+            if total is not None:
+                group.hooks.load(index, total.detach().to_dense(), micro_batches)
 
     def release(self, group: _Group, index: int, name: str, param: Tensor) -> None:
         """Gives one parameter back to stock autograd, with the gradient that it would hold."""
@@ -425,6 +434,45 @@ class Accumulator:
         for group in self._attachment.groups:
             for index in range(len(group.names)):
                 group.hooks.expose(index)
+
+    @property
+    def micro_batches(self) -> int:
+        """How many backwards have added to the window so far: the most of any parameter.
+
+        A window begins where ``.grad`` is None, and with the first gradient after a step of an
+        optimizer. What replays of a CUDA graph add is not counted; parameters shared by several
+        reentrant checkpoints are counted in each. Known on the host: no sync.
+        """
+        members = self._attachment.members()
+        return max(group.hooks.micro_batches(index) for group, index, _, _ in members)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns the window as it is, so that a new process can finish it bit for bit.
+
+        Plain tensors, which safetensors takes as they are: the sum of each parameter whose window
+        has begun (a copy: 4 bytes an element), its count of micro-batches, and ``scale``.
+        ``inv_scale`` is not among them: the loss scale is its owner's to save.
+        """
+        attachment = self._attachment
+        attachment.refresh()
+        return window_state.save(attachment)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on with a window that :meth:`state_dict` has saved; what was summed here is dropped.
+
+        Load the parameters first.
+
+        Args:
+            state: what state_dict returned, on any device.
+
+        Raises:
+            TypeError: no mapping of names to tensors.
+            ValueError: a state of another format, scale or model, or an incomplete one; nothing
+                was changed.
+        """
+        attachment = self._attachment
+        attachment.refresh()
+        window_state.load(attachment, state)
 
     def detach(self) -> None:
         """Restores stock behaviour; calling it again changes nothing.
@@ -644,7 +692,8 @@ def attach(
             no leaves, on the meta device or on one that no backend serves; a scale that is not
             positive and finite; an unknown backend or fuse; fuse=True for a list, or for an
             embedding with max_norm or scale_grad_by_freq. Nothing was changed.
-        RuntimeError: the backend is not available, or inference mode is on; nothing was changed.
+        RuntimeError: the backend is not available, inference mode is on, or
+            DistributedDataParallel reduces a 16-bit parameter; nothing was changed.
     """
     if not isinstance(scale, (int, float)):
         raise TypeError(f"attach: scale must be a number, got {type(scale).__name__}")
@@ -669,12 +718,13 @@ def attach(
         raise ValueError(f"attach: none of the {len(named)} parameters requires grad")
     for name, param in params.items():
         _check_param(name, param, backend)
+        check_not_reduced(param)
         if _find(param)[0] is not None:
             raise ValueError(
                 f"attach: parameter {name} is attached already; call detach() on its Accumulator "
                 "first"
             )
-    optimizers.watch(_is_covered)
+    optimizers.watch(_is_covered, _end_window)
     attachment = _Attachment(params, float(scale), backend, fuse, root, len(named) - len(params))
     if root is not None:
         attachment.handle = root.register_forward_pre_hook(_RefreshBeforeForward(attachment))

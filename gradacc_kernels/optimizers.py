@@ -11,7 +11,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, optim
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 HALVES = (torch.float16, torch.bfloat16)
 # Their moving average is lerp_(gradient), whose operands must be of one dtype.
@@ -35,11 +38,12 @@ def why_unfit(optimizer: optim.Optimizer, group: dict) -> str | None:
 
 
 @functools.cache
-def watch(is_covered: Callable[[Tensor], bool]) -> None:
-    """Has every torch optimizer look at its parameters before a step; once for a process.
+def watch(is_covered: Callable[[Tensor], bool], end_window: Callable[[Tensor], bool]) -> None:
+    """Has every torch optimizer look at its parameters before and after a step; once for a process.
 
     Args:
         is_covered: tells whether ``.grad`` of a parameter is a main gradient of ours.
+        end_window: is told of the parameters that were stepped, until it takes one of a group.
     """
 
     def refuse(optimizer, args, kwargs):
@@ -61,4 +65,9 @@ def watch(is_covered: Callable[[Tensor], bool]) -> None:
                         "RMSprop take both dtypes, without fused=True."
                     )
 
+    def end(optimizer, args, kwargs):
+        for group in optimizer.param_groups:
+            any(map(end_window, group["params"]))
+
     register_optimizer_step_pre_hook(refuse)
+    register_optimizer_step_post_hook(end)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -21,7 +22,8 @@ from gradacc_kernels import dispatch
 from gradacc_kernels.reference import in_layout_of
 from gradacc_kernels.window_cast import WindowCast
 
-_SUPPORTED = (torch.float16, torch.bfloat16, torch.float32)
+_HALVES = (torch.float16, torch.bfloat16)
+_SUPPORTED = (*_HALVES, torch.float32)
 # Where an AccumulateGrad node's own dictionary tells whose hook it has.
 _NODE_KEY = "gradacc_kernels"
 
@@ -48,6 +50,10 @@ class _Param:
     queue: weakref.ref | None = None  # where a gradient may be waiting
     batch: int = -1  # of that queue
     cast: WindowCast = field(default_factory=WindowCast)
+    is_cast: bool = False  # whether its gradient comes in float32, of several uses in 16 bits
+    micro_batches: int = 0  # of the window below
+    window: int = 0
+    graph_task: int = -1  # the last one that was counted
 
 
 @dataclass
@@ -70,6 +76,18 @@ def _is_watched(param: Tensor) -> bool:
         return extension.has_post_hooks(param)
     # Python does not see the hook of DistributedDataParallel.
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _is_half(param: Tensor) -> bool:
+    """Tells whether a parameter is of 16 bits, and no grad_dtype was asked for."""
+    return param.dtype in _HALVES and param.grad_dtype is None
+
+
+def check_not_reduced(param: Tensor) -> None:
+    """Raises where DistributedDataParallel reduces the gradients of a 16-bit parameter."""
+    extension = dispatch.extension()
+    if not isinstance(extension, str):
+        extension.check_not_reduced(param)
 
 
 def _in_compiled_autograd() -> bool:
@@ -104,6 +122,8 @@ class PythonHooks:
         backend: ModuleType,
         owner: object,
     ):
+        extension = dispatch.extension()
+        self._extension = None if isinstance(extension, str) else extension
         self._params = [
             _Param(param, main, slots, param.dtype)
             for param, main, slots in zip(params, main_grads, partials, strict=True)
@@ -119,6 +139,8 @@ class PythonHooks:
         self._queues: list[weakref.ref[_Queue]] = []
         self._stream = None
         self._removed = False
+        self._window = 0  # counts ends of windows
+        self._followed: deque[int] = deque(maxlen=8)  # the last backwards whose uses were counted
 
     def refresh(self) -> bool:
         """Installs the hook where the node died or was made on another stream; restores cast views.
@@ -131,6 +153,8 @@ class PythonHooks:
             if self._removed:
                 return True
             stream = self._current_stream()
+            for param in self._params:
+                check_not_reduced(param.variable)
             for index, param in enumerate(self._params):
                 variable = param.variable
                 if (
@@ -170,6 +194,8 @@ class PythonHooks:
         param.node = node
         param.handle = node.register_prehook(pre_hook)
         node.metadata[_NODE_KEY] = (hooks, index)
+        if param.is_cast:
+            self._extension.deliver_in(param.variable, param.main.dtype)
 
     def remove(self) -> None:
         """Ends the hook's work, after adding what the backward that calls it has queued.
@@ -228,6 +254,34 @@ class PythonHooks:
         if grad is None:
             return None
         return self._sum_of(grad, param)
+
+    def micro_batches(self, index: int) -> int:
+        """Tells how many backwards have added to what a parameter's window has summed.
+
+        It begins where ``.grad`` is None, and with the first gradient after :meth:`end_window`.
+        """
+        param = self._params[index]
+        has_begun = param.variable.grad is not None and param.window == self._window
+        return param.micro_batches if has_begun else 0
+
+    def end_window(self) -> None:
+        """Has the next gradients count as those of a new window."""
+        with self._lock:
+            self._window += 1
+
+    def load(self, index: int, total: Tensor | None, micro_batches: int) -> None:
+        """Makes a window one that has summed this, or None, in so many micro-batches."""
+        param = self._params[index]
+        with self._lock:
+            if total is None:
+                param.variable.grad = None
+            else:
+                param.main.copy_(total)
+                self._show(param)
+            param.statistics_version = None
+            param.micro_batches = micro_batches
+            param.window = self._window
+            param.graph_task = -1
 
     def _current_stream(self):
         if self._device.type != "cuda":
@@ -289,8 +343,10 @@ class PythonHooks:
             param.variable.grad = param.exposed
         param.exposed_version = param.variable.grad._version
 
-    def _commit(self, entries: Sequence[tuple[_Param, Tensor]]) -> None:
+    def _commit(self, entries: Sequence[tuple[_Param, Tensor]], graph_task: int) -> None:
         stores = [not self._adopt(param) for param, _ in entries]
+        for (param, _), store in zip(entries, stores, strict=True):
+            self._count(param, graph_task, store)
         if len(entries) == 1:
             (param, grad), (store,) = entries[0], stores
             self.backend.accumulate_(
@@ -341,12 +397,44 @@ class PythonHooks:
         with self._lock:
             if self._removed:
                 return grad
+            check_not_reduced(param.variable)
+            self._follow_uses()
             self._flush_queued(param)
             if entry[1].nbytes < self._queue_below and not _is_watched(param.variable):
                 self._enqueue(entry)
             else:
-                self._commit([entry])
+                self._commit([entry], torch._C._current_graph_task_id())
         return None
+
+    def _follow_uses(self) -> None:
+        """Has 16-bit uses that autograd sums delivered in float32, and single ones as they come.
+
+        Called before the first gradient that a backward has for us is added, and most others are
+        delivered. Only the extension can count uses.
+        """
+        graph_task = torch._C._current_graph_task_id()
+        if self._extension is None or graph_task < 0 or graph_task in self._followed:
+            return
+        self._followed.append(graph_task)
+        halves = [param for param in self._params if _is_half(param.variable)]
+        if not halves:
+            return
+        counts = self._extension.count_uses([param.variable for param in halves])
+        for param, uses in zip(halves, counts, strict=True):
+            if uses:
+                param.is_cast = uses > 1
+                dtype = param.main.dtype if param.is_cast else None
+                self._extension.deliver_in(param.variable, dtype)
+
+    def _count(self, param: _Param, graph_task: int, store: bool) -> None:
+        """Counts one micro-batch more, unless this backward has been counted."""
+        if store or param.window != self._window:
+            param.window = self._window
+            param.micro_batches = 0
+        elif graph_task >= 0 and graph_task == param.graph_task:
+            return
+        param.micro_batches += 1
+        param.graph_task = graph_task
 
     def _flush_queued(self, param: _Param) -> None:
         """Adds an earlier gradient of this parameter first: it may be the one that stores."""
@@ -384,13 +472,19 @@ class PythonHooks:
         if not entries:
             return
         queue.batch += 1
-        add = self._hand_back if self._removed else self._commit
+
+        def add():
+            if self._removed:
+                self._hand_back(entries)
+            else:
+                self._commit(entries, queue.graph_task)
+
         caller = self._current_stream()
         if queue.stream == caller:
-            add(entries)
+            add()
             return
         with torch.cuda.stream(queue.stream):
-            add(entries)
+            add()
         caller.wait_stream(queue.stream)
 
     @torch.no_grad()
@@ -461,12 +555,14 @@ class PythonHooks:
         with self._lock:
             if self._removed:
                 return False
+            self._follow_uses()
             self._flush_queued(param)
             # On the parameter's own stream all accumulation is ordered by events.
             here, home = self._current_stream(), self._stream
             if here != home:
                 here.wait_stream(home)
             store = not self._adopt(param)
+            self._count(param, torch._C._current_graph_task_id(), store)
             is_valid = store or self._are_statistics_valid(param)
             param.statistics_version = None
             is_valid = write(

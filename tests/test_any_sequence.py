@@ -63,6 +63,7 @@ class Sequence(stateful.RuleBasedStateMachine):
         self.attach()
         self.foreign = set()
         self.sums = dict.fromkeys(self.named())
+        self.saved = None
 
     def attach(self):
         self.accumulator = gk.attach(self.model, **self.options)
@@ -290,6 +291,25 @@ class Sequence(stateful.RuleBasedStateMachine):
         self.factor = SCALE
         for name in frozen:
             self.named()[name].requires_grad_(False)
+
+    @stateful.rule()
+    def save(self):
+        self.saved = self.accumulator.state_dict(), dict(self.sums)
+
+    @stateful.precondition(lambda self: self.saved is not None)
+    @stateful.rule()
+    def load(self):
+        state, sums = self.saved
+        self.accumulator.load_state_dict(state)
+        self.sums = dict(sums)
+        self.foreign = set()
+
+    @stateful.precondition(lambda self: self.saved is not None)
+    @stateful.rule(key=st.sampled_from(["format", "scale", "micro_batches.bare"]))
+    def load_what_is_truncated(self, key):
+        state = {name: value for name, value in self.saved[0].items() if name != key}
+        with pytest.raises(ValueError, match="lacks"):
+            self.accumulator.load_state_dict(state)
 
     @stateful.rule(parts=parts, seed=seeds)
     def train_a_copy(self, parts, seed):

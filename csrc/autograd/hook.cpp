@@ -21,6 +21,7 @@
 
 #include "../bindings/checks.h"
 #include "../bindings/layout.h"
+#include "uses.h"
 
 namespace gradacc {
 
@@ -152,12 +153,37 @@ bool is_removed(const autograd::FunctionPreHook& hook) {
   return PyDict_Size(dict) == 0;
 }
 
+// Whether a parameter is of 16 bits, and its gradients of what dtype we like: attach has seen to
+// that, unless the user had asked for a grad_dtype.
+bool is_half(const at::Tensor& param) {
+  const auto* meta = autograd::impl::get_autograd_meta(param);
+  return c10::isReducedFloatingType(param.scalar_type()) && meta &&
+         meta->allow_grad_dtype_mismatch_;
+}
+
+// Whether one of the hooks is the reducer of DistributedDataParallel.
+bool is_reduced(const autograd::Node& leaf) {
+  return std::any_of(leaf.post_hooks().begin(), leaf.post_hooks().end(), [](const auto& hook) {
+    return std::string_view(typeid(*hook).name()).find("LambdaPostHook") != std::string_view::npos;
+  });
+}
+
 std::optional<c10::Stream> current_stream(at::Device device) {
   if (device.is_cpu()) return std::nullopt;
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
 }
 
 }  // namespace
+
+void check_not_reduced(const at::Tensor& param) {
+  if (!c10::isReducedFloatingType(param.scalar_type())) return;
+  const auto leaf = autograd::impl::try_get_grad_accumulator(param);
+  TORCH_CHECK(!leaf || !is_reduced(*leaf), "gradacc_kernels: a ", text(param.scalar_type()),
+              " parameter of shape ", text(param.sizes()),
+              " is under DistributedDataParallel, which cannot reduce a float32 gradient of it. "
+              "Train float32 parameters under autocast, or leave DistributedDataParallel out and "
+              "all_reduce the .grad of the parameters after the last micro-batch of a window.");
+}
 
 GradHooks::GradHooks(std::vector<at::Tensor> params, std::vector<at::Tensor> main_grads,
                      std::vector<at::Tensor> partials, double scale, at::Tensor inv_scale,
@@ -182,12 +208,14 @@ GradHooks::GradHooks(std::vector<at::Tensor> params, std::vector<at::Tensor> mai
     param.partials = std::move(partials[i]);
     params_.push_back(std::move(param));
   }
+  followed_.fill(-1);
 }
 
 void GradHooks::install(int64_t index) {
   Param& param = params_[index];
   param.node = autograd::impl::grad_accumulator(param.variable);
   if (!param.node) return;  // frozen
+  if (param.is_cast) deliver_in(*param.node, at::kFloat);
   for (const auto& hook : param.node->pre_hooks()) {
     const auto* ours = dynamic_cast<const PreHook*>(hook.get());
     if (ours && ours->belongs_to(this)) return;
@@ -199,6 +227,7 @@ bool GradHooks::refresh() {
   const Lock lock(*this);
   if (removed_) return true;
   const auto stream = current_stream(device_);
+  for (const Param& param : params_) check_not_reduced(param.variable);
   for (size_t i = 0; i < params_.size(); ++i) {
     Param& param = params_[i];
     const at::Tensor& variable = param.variable;
@@ -281,6 +310,34 @@ std::optional<at::Tensor> GradHooks::current(int64_t index) {
   return sum_of(grad, param);
 }
 
+int64_t GradHooks::micro_batches(int64_t index) {
+  const Lock lock(*this);
+  const Param& param = params_.at(index);
+  const bool has_begun = param.variable.grad().defined() && param.window == window_;
+  return has_begun ? param.micro_batches : 0;
+}
+
+void GradHooks::end_window() {
+  const Lock lock(*this);
+  ++window_;
+}
+
+void GradHooks::load(int64_t index, const std::optional<at::Tensor>& sum, int64_t micro_batches) {
+  const Lock lock(*this);
+  Param& param = params_.at(index);
+  if (sum) {
+    const at::NoGradGuard no_grad;
+    param.main.copy_(*sum);
+    show(param);
+  } else {
+    retired_.push_back(std::exchange(param.variable.mutable_grad(), {}));
+  }
+  param.statistics_version.reset();
+  param.micro_batches = micro_batches;
+  param.window = window_;
+  param.graph_task = -1;
+}
+
 // By address, not by identity: Module.to() writes another tensor into the `.grad` object.
 bool GradHooks::is_ours(const at::Tensor& grad, const Param& param) const {
   return grad.layout() == at::kStrided && grad.scalar_type() == param.main.scalar_type() &&
@@ -329,11 +386,12 @@ void GradHooks::show(Param& param) {
   param.exposed_version = static_cast<int64_t>(grad._version());
 }
 
-void GradHooks::commit(const std::vector<Entry>& entries) {
+void GradHooks::commit(const std::vector<Entry>& entries, int graph_task) {
   items_.clear();
   for (const Entry& entry : entries) {
     Param& param = *entry.param;
     const bool store = !adopt(param);
+    count(param, graph_task, store);
     items_.push_back({static_cast<float*>(param.main.data_ptr()), entry.grad.const_data_ptr(),
                       static_cast<float*>(param.partials.data_ptr()), param.main.numel(),
                       grad_type(entry.grad), store});
@@ -368,14 +426,50 @@ at::Tensor GradHooks::consume(int64_t index, const at::Tensor& grad) {
 
   const Lock lock(*this);
   if (removed_) return grad;
+  check_not_reduced(param.variable);
+  follow_uses();
   settle(param);
   if (static_cast<int64_t>(entry.grad.nbytes()) < queue_below_ && !is_watched(param) &&
       autograd::get_current_graph_task_id() >= 0) {
     enqueue(std::move(entry));
   } else {
-    commit({std::move(entry)});
+    commit({std::move(entry)}, autograd::get_current_graph_task_id());
   }
   return {};
+}
+
+// Before the first gradient that a backward has for us is added, and most others are delivered.
+void GradHooks::follow_uses() {
+  const int graph_task = autograd::get_current_graph_task_id();
+  if (std::find(followed_.begin(), followed_.end(), graph_task) != followed_.end()) return;
+  followed_[n_followed_++ % followed_.size()] = graph_task;
+  std::vector<const autograd::Node*> leaves(params_.size(), nullptr);
+  bool is_any_half = false;
+  for (size_t i = 0; i < params_.size(); ++i) {
+    if (!is_half(params_[i].variable)) continue;
+    is_any_half = true;
+    leaves[i] = params_[i].node.get();
+  }
+  if (!is_any_half) return;
+  const auto uses = count_uses(leaves);
+  for (size_t i = 0; i < params_.size(); ++i) {
+    if (uses[i] == 0) continue;
+    Param& param = params_[i];
+    param.is_cast = uses[i] > 1;
+    deliver_in(*param.node, param.is_cast ? std::optional(at::kFloat) : std::nullopt);
+  }
+}
+
+// One micro-batch more, unless this backward has been counted.
+void GradHooks::count(Param& param, int graph_task, bool store) {
+  if (store || param.window != window_) {
+    param.window = window_;
+    param.micro_batches = 0;
+  } else if (graph_task >= 0 && graph_task == param.graph_task) {
+    return;
+  }
+  ++param.micro_batches;
+  param.graph_task = graph_task;
 }
 
 // Whether hooks of others read `.grad` as soon as ours has returned.
@@ -444,7 +538,7 @@ void GradHooks::flush(Backward& backward) {
   const auto entries = std::exchange(backward.entries, {});
   backward.bytes = 0;
   ++backward.batch;
-  const auto add = [&] { removed_ ? hand_back(entries) : commit(entries); };
+  const auto add = [&] { removed_ ? hand_back(entries) : commit(entries, backward.graph_task); };
   const auto caller = current_stream(device_);
   if (backward.stream == caller) return add();
   {
@@ -501,6 +595,7 @@ bool GradHooks::add(int64_t index, c10::function_ref<bool(const MainGrad&)> add)
   const Lock lock(*this);
   if (removed_) return false;
   if (!param.variable.requires_grad()) return true;  // frozen since forward, as in consume
+  follow_uses();
   settle(param);
   const auto here = current_stream(device_);
   const auto home = here && param.node ? param.node->stream() : here;
@@ -525,6 +620,7 @@ bool GradHooks::add_beside(int64_t index, std::vector<at::Tensor> reads,
       if (!beside_)
         beside_ = c10::impl::VirtualGuardImpl(device_.type()).getStreamFromGlobalPool(device_);
       const auto backward = backward_under_way();
+      follow_uses();
       if (param.backward.lock() != backward || !param.is_beside) settle(param);
       const Factor& prepared = factor();
       order(*here, *beside_);
@@ -550,6 +646,7 @@ bool GradHooks::add_beside(int64_t index, std::vector<at::Tensor> reads,
 void GradHooks::write(Param& param, c10::function_ref<bool(const MainGrad&)> add,
                       const Factor& factor) {
   const bool store = !adopt(param);
+  count(param, autograd::get_current_graph_task_id(), store);
   const bool has_statistics = add({param.main, static_cast<float*>(param.partials.data_ptr()),
                                    store || are_statistics_valid(param), factor, store});
   const at::Tensor& grad = param.variable.mutable_grad();

@@ -7,6 +7,7 @@
 #include <c10/util/FunctionRef.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -37,6 +38,10 @@ struct MainGrad {
   bool store;
 };
 
+// Raises where DistributedDataParallel reduces the gradients of a 16-bit parameter, which it cannot
+// do in float32.
+void check_not_reduced(const at::Tensor& param);
+
 // Pre-hooks on the AccumulateGrad nodes of the parameters of one device. Each consumes the gradient
 // and returns none, so that `.grad` is ours alone:
 //
@@ -48,6 +53,9 @@ struct MainGrad {
 //
 // with s = scale * inv_scale. A gradient of at least `queue_below` bytes is added when it arrives;
 // smaller ones wait for a launch of their own, at `queue_bytes` and at the end of backward.
+//
+// Autograd sums several uses of a parameter before a hook sees them. 16-bit ones are delivered, and
+// so summed, in float32 as soon as a backward has shown that there are several.
 //
 // The nodes, and with them the parameters, live as long as this object; the hooks hold it weakly.
 // All methods may be called without the GIL, and must be: the engine's threads take the mutex first
@@ -78,6 +86,12 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   bool statistics_valid(int64_t index);
   // What the parameter's window has summed so far, or none: main, unless `.grad` is another tensor.
   std::optional<at::Tensor> current(int64_t index);
+  // How many backwards have added to what the window has summed. It begins where `.grad` is none,
+  // and with the first gradient after end_window.
+  int64_t micro_batches(int64_t index);
+  void end_window();
+  // Makes the window one that has summed this, or none, in so many micro-batches.
+  void load(int64_t index, const std::optional<at::Tensor>& sum, int64_t micro_batches);
 
   // For fused modules. What the backward under way does with a gradient that it sends along `edge`,
   // which leads to the AccumulateGrad node of a parameter of `hooks`, or of any, where that is
@@ -107,6 +121,7 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
     at::Tensor main;
     at::Tensor partials;
     at::ScalarType dtype;
+    bool is_cast = false;          // whether its gradient comes in float32, of uses in 16 bits
     at::Tensor exposed;            // the tensor last made `.grad`
     int64_t exposed_version = -1;  // of it, when a gradient was last added
     std::optional<int64_t> statistics_version;
@@ -114,6 +129,9 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
     std::weak_ptr<Backward> backward;  // the last one that queued its gradient, or added beside
     int64_t batch = -1;                // in whose queue a gradient may be waiting
     bool is_beside = false;            // whether an addition may be under way on beside_
+    int64_t micro_batches = 0;         // of the window below
+    int64_t window = 0;
+    int graph_task = -1;  // the last one that was counted
     WindowCast cast;
   };
 
@@ -134,9 +152,11 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   void restore(Param& param);
   bool is_watched(const Param& param) const;
   void settle(Param& param);
+  void follow_uses();
+  void count(Param& param, int graph_task, bool store);
   const Factor& factor();
   void write(Param& param, c10::function_ref<bool(const MainGrad&)> add, const Factor& factor);
-  void commit(const std::vector<Entry>& entries);
+  void commit(const std::vector<Entry>& entries, int graph_task);
   std::shared_ptr<Backward> backward_under_way();
   void enqueue(Entry entry);
   void flush(Backward& backward);
@@ -156,6 +176,9 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   std::vector<std::weak_ptr<Backward>> backwards_;  // those under way
   std::vector<Accumulation> items_;                 // scratch of commit
   std::vector<at::Tensor> retired_;                 // what `.grad` gave up, until the mutex is free
+  int64_t window_ = 0;                              // counts ends of windows
+  std::array<int, 8> followed_;                     // the last backwards whose uses were counted
+  size_t n_followed_ = 0;
   SharedInput shared_input_;
   std::optional<c10::Stream> beside_;  // made at its first use
   Factor factor_;                      // of the backward and stream below

@@ -4,6 +4,7 @@
 
 #include "../autograd/fused_module.h"
 #include "../autograd/hook.h"
+#include "../autograd/uses.h"
 #include "embedding.h"
 #include "ops.h"
 #include "parameter_watch.h"
@@ -31,6 +32,22 @@ void follow_own_dtype(const at::Tensor& tensor) {
 bool has_post_hooks(const at::Tensor& tensor) {
   const auto node = torch::autograd::impl::try_get_grad_accumulator(tensor);
   return node && !node->post_hooks().empty();
+}
+
+// For the hook in Python: what uses.h does, of parameters.
+std::vector<int64_t> count_uses_of(const std::vector<at::Tensor>& params) {
+  std::vector<decltype(torch::autograd::impl::grad_accumulator(at::Tensor()))> nodes;
+  std::vector<const torch::autograd::Node*> leaves;
+  for (const at::Tensor& param : params) {
+    nodes.push_back(torch::autograd::impl::try_get_grad_accumulator(param));
+    leaves.push_back(nodes.back().get());
+  }
+  return count_uses(leaves);
+}
+
+void deliver_to(const at::Tensor& param, std::optional<at::ScalarType> dtype) {
+  if (const auto leaf = torch::autograd::impl::try_get_grad_accumulator(param))
+    deliver_in(*leaf, dtype);
 }
 
 }  // namespace
@@ -80,6 +97,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("count_optimizer_step", [] { ++gradacc::optimizer_steps(); });
   m.def("has_post_hooks", &gradacc::has_post_hooks);
   m.def("follow_own_dtype", &gradacc::follow_own_dtype);
+  m.def("check_not_reduced", &gradacc::check_not_reduced);
+  m.def("count_uses", &gradacc::count_uses_of);
+  m.def("deliver_in", &gradacc::deliver_to);
   m.def("cpu_isa", &gradacc::cpu::isa);
   m.def("select_cpu_isa", &gradacc::cpu::select_isa);
 
@@ -92,7 +112,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("invalidate", &GradHooks::invalidate, NoGil())
       .def("use_inv_scale", &GradHooks::use_inv_scale, NoGil())
       .def("statistics_valid", &GradHooks::statistics_valid, NoGil())
-      .def("current", &GradHooks::current, NoGil());
+      .def("current", &GradHooks::current, NoGil())
+      .def("micro_batches", &GradHooks::micro_batches, NoGil())
+      .def("end_window", &GradHooks::end_window, NoGil())
+      .def("load", &GradHooks::load, NoGil());
 
   py::class_<ParameterWatch>(m, "ParameterWatch")
       .def(py::init<std::vector<std::tuple<py::dict, py::str, py::object>>>())

@@ -1,0 +1,119 @@
+"""A window in the middle, as a dictionary of plain tensors that any file format holds.
+
+=========================  ========================================================================
+``format``                 int64: FORMAT
+``scale``                  float64: the factor of attach, which is in the sums
+``micro_batches.<name>``   int64, of every covered parameter: how many backwards have added to it;
+                           -1 where its ``.grad`` is None
+``main_grad.<name>``       its sum so far, in the dtype of its main gradient; absent with -1
+=========================  ========================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+NOT_BEGUN = -1
+_COUNT, _SUM = "micro_batches.", "main_grad."
+
+
+def save(attachment: Any) -> dict[str, Tensor]:
+    """Returns the window of an attachment; the sums are copies."""
+    state = {
+        "format": torch.tensor(FORMAT),
+        "scale": torch.tensor(attachment.scale, dtype=torch.float64),
+    }
+    for group, index, name, _ in attachment.members():
+        total = group.hooks.current(index)
+        count = NOT_BEGUN if total is None else group.hooks.micro_batches(index)
+        state[_COUNT + name] = torch.tensor(count)
+        if total is not None:
+            state[_SUM + name] = total.detach().to(group.dtype, copy=True)
+    return state
+
+
+def load(attachment: Any, state: Mapping[str, Tensor]) -> None:
+    """Makes the window of an attachment that of a state; checks all of it first.
+
+    Raises:
+        TypeError: no mapping of names to tensors.
+        ValueError: of another format, scale or model, or incomplete; nothing was changed.
+    """
+    _check(attachment, state)
+    for group, index, name, _ in attachment.members():
+        total = state.get(_SUM + name)
+        group.hooks.load(index, total, max(0, int(state[_COUNT + name])))
+
+
+def _check(attachment: Any, state: Mapping[str, Tensor]) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"load_state_dict: expected what state_dict() returned, got {type(state).__name__}"
+        )
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise TypeError(
+                f"load_state_dict: expected names and tensors, got {type(value).__name__} for "
+                f"{key!r}"
+            )
+    version = _number(state, "format")
+    if version != FORMAT:
+        raise ValueError(
+            f"load_state_dict: the state has format {version:g}, this package reads {FORMAT}"
+        )
+    scale = _number(state, "scale")
+    if scale != attachment.scale:
+        raise ValueError(
+            f"load_state_dict: the sums were scaled by {scale}, and the next gradients would be by "
+            f"{attachment.scale}: attach with scale={scale}"
+        )
+    members = {name: group for group, _, name, _ in attachment.members()}
+    missing = [name for name in members if _COUNT + name not in state]
+    known = {prefix + name for prefix in (_COUNT, _SUM) for name in members}
+    unknown = [key for key in state if key not in known and key not in ("format", "scale")]
+    if missing or unknown:
+        raise ValueError(
+            "load_state_dict: the state is of other parameters, or incomplete"
+            + (f"; it lacks {_some(missing)}" if missing else "")
+            + (f"; nothing here is called {_some(unknown)}" if unknown else "")
+        )
+    for name, group in members.items():
+        count, total = _number(state, _COUNT + name), state.get(_SUM + name)
+        if (count == NOT_BEGUN) != (total is None):
+            raise ValueError(
+                f"load_state_dict: the state is incomplete: parameter {name} has the count "
+                f"{count:g} and {'no ' if total is None else 'a '}sum"
+            )
+        if count < NOT_BEGUN or count != int(count):
+            raise ValueError(
+                f"load_state_dict: parameter {name} cannot have seen {count:g} micro-batches"
+            )
+        shape = attachment.params[name].shape
+        if total is not None and (total.shape != shape or total.dtype != group.dtype):
+            raise ValueError(
+                f"load_state_dict: the sum of parameter {name} must be {group.dtype} of shape "
+                f"{list(shape)}, got {total.dtype} of shape {list(total.shape)}"
+            )
+        if total is not None and (total.layout != torch.strided or total.is_meta):
+            raise ValueError(f"load_state_dict: the sum of parameter {name} must be dense")
+
+
+def _number(state: Mapping[str, Tensor], key: str) -> float:
+    value = state.get(key)
+    if value is None:
+        raise ValueError(f"load_state_dict: this is no state of an Accumulator: it lacks {key!r}")
+    if value.numel() != 1 or value.is_complex() or value.is_meta:
+        raise ValueError(
+            f"load_state_dict: {key} must be one number, got a {value.dtype} tensor of shape "
+            f"{list(value.shape)}"
+        )
+    return value.item()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
