@@ -2,6 +2,7 @@
 # make bench  the kernel benchmark of this machine      make gpu      the GPU tests, and their record
 # make lint   style, generated tables, GPU record       make format   rewrites the sources in style
 # make check-cuda   assembles every kernel, builds the CUDA extension; needs nvcc and no GPU
+# make sanitize     the C++ of the CPU under AddressSanitizer and UndefinedBehaviorSanitizer
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 STYLED := gradacc_kernels tests benchmarks examples scripts setup.py
 CXX_STYLED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
-.PHONY: demo test bench gpu lint format check-cuda clean
+.PHONY: demo test bench gpu lint format check-cuda sanitize clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/train_lm.py
@@ -38,6 +39,9 @@ format: $(VENV)/linters
 
 check-cuda:
 	PYTHON=$(PYTHON) bash scripts/check_cuda.sh
+
+sanitize: $(VENV)/torch
+	PYTHON=$(BIN)/python bash scripts/sanitize_cpu.sh
 
 # The package, built in place against the torch that the venv sees.
 $(VENV)/installed: $(VENV)/torch $(SOURCES)

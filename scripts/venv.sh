@@ -20,17 +20,31 @@ else
   "$venv/bin/python" -m pip install -q "$cpu_torch"
 fi
 
-missing=$("$venv/bin/python" - <<'PY'
+# missing NAME[>=MAJOR]...: prints those that are not installed.
+missing() {
+  "$venv/bin/python" - "$@" <<'PY'
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
-needed = {"setuptools": 77, "wheel": 0, "ninja": 0, "pybind11": 0, "numpy": 0, "triton": 0,
-          "pytest": 0, "hypothesis": 0, "matplotlib": 0, "rich": 0}
-for name, least in needed.items():
+for wanted in sys.argv[1:]:
+    name, _, least = wanted.partition(">=")
     try:
-        if int(version(name).split(".")[0]) < least:
-            print(f"{name}>={least}")
+        if int(version(name).split(".")[0]) < int(least or 0):
+            print(wanted)
     except PackageNotFoundError:
-        print(name)
+        print(wanted)
 PY
-)
-[ -z "$missing" ] || "$venv/bin/python" -m pip install -q $missing
+}
+
+needed=$(missing "setuptools>=77" wheel ninja pybind11 numpy triton pytest hypothesis matplotlib rich)
+[ -z "$needed" ] || "$venv/bin/python" -m pip install -q $needed
+
+# The libraries whose training loops are tested. timm needs torchvision, of which the newest would
+# bring another torch.
+loops=$(missing transformers accelerate peft lightning timm)
+if [ -n "$loops" ]; then
+  "$venv/bin/python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
+    > "$venv/constraints.txt"
+  "$venv/bin/python" -m pip install -q -c "$venv/constraints.txt" $loops ||
+    echo "not installed, so their training loops are not tested:" $loops >&2
+fi

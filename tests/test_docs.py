@@ -1,0 +1,54 @@
+"""Tests that docs/compatibility.md names exist."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+DOCUMENT = ROOT / "docs/compatibility.md"
+ROW = re.compile(r"^\|(?P<what>.+?)\|(?P<verdict>.+?)\|(?P<tests>.+)\|$")
+NAME = re.compile(r"`(tests/\w+\.py)::(\w+)`")
+
+
+def rows(text):
+    """The rows of all tables: what, verdict, tests."""
+    found = [ROW.match(line) for line in text.splitlines() if line.startswith("|")]
+    assert all(found), "a row needs three columns"
+    cells = [[cell.strip() for cell in row.groups()] for row in found]
+    return [row for row in cells if row[0] != "what" and set(row[0]) != {"-"}]
+
+
+def functions_of(path):
+    """The test functions of a file, without importing it; none where there is no file."""
+    if not path.exists():
+        return set()
+    body = ast.parse(path.read_text()).body
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return {n.name for n in body if isinstance(n, functions) and n.name.startswith("test_")}
+
+
+def missing(text):
+    """The named tests that do not exist."""
+    named = NAME.findall(text)
+    known = {path: functions_of(ROOT / path) for path, _ in named}
+    return sorted({f"{path}::{name}" for path, name in named if name not in known[path]})
+
+
+def test_every_named_test_exists():
+    assert missing(DOCUMENT.read_text()) == []
+
+
+def test_every_row_names_a_test_and_has_a_verdict():
+    found = rows(DOCUMENT.read_text())
+    assert len(found) > 50
+    for what, verdict, tests in found:
+        assert re.match(r"works$|works, |refused: ", verdict), f"{what}: {verdict}"
+        assert NAME.search(tests), f"{what}: no test"
+        rest = NAME.sub("", tests).replace(",", "").strip()
+        assert rest == "", f"{what}: {rest} is no test"
+
+
+def test_a_name_that_does_not_exist_is_found():
+    text = "`tests/test_docs.py::test_of_nothing` `tests/test_none.py::test_a` "
+    text += "`tests/test_docs.py::test_every_named_test_exists`"
+    assert missing(text) == ["tests/test_docs.py::test_of_nothing", "tests/test_none.py::test_a"]
