@@ -1,11 +1,13 @@
 """The hook's forms and small helpers for its tests."""
 
+import copy
 import time
 from functools import reduce
 
 import pytest
 import torch
 
+import gradacc_kernels as gk
 from gradacc_kernels import dispatch
 
 # (device, backend): the C++ hook serves cpu and cuda, the Python hook triton and reference.
@@ -88,6 +90,25 @@ def mlp(device="cpu", dtype=torch.bfloat16, width=64):
 
 def batch(device="cpu", dtype=torch.bfloat16, rows=4):
     return torch.randn(rows, 16, device=device).to(dtype)
+
+
+def attached_and_stock(hook, dtype=torch.bfloat16, **options):
+    """A model that is attached, and its copy that is not."""
+    device, backend = hook
+    model = mlp(device, dtype)
+    stock = copy.deepcopy(model)
+    gk.attach(model, backend=backend, **options)
+    return model, stock
+
+
+def assert_main(params, expected):
+    """Each `.grad` is the main gradient, with these values; None where None is expected."""
+    for param, values in zip(params, expected, strict=True):
+        if values is None:
+            assert param.grad is None
+        else:
+            assert param.grad.data_ptr() == param.main_grad.data_ptr()
+            assert param.grad.dtype == torch.float32 and param.grad.equal(values.float())
 
 
 def micro_gradients(model, inputs):

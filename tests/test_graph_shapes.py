@@ -8,6 +8,8 @@ import copy
 import pytest
 import torch
 from hook_cases import (
+    assert_main,
+    attached_and_stock,
     backward,
     batch,
     every_hook,
@@ -19,25 +21,6 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import gradacc_kernels as gk
-
-
-def pair(hook, dtype=torch.bfloat16, **options):
-    """A model that is attached, and its copy that is not."""
-    device, backend = hook
-    model = mlp(device, dtype)
-    stock = copy.deepcopy(model)
-    gk.attach(model, backend=backend, **options)
-    return model, stock
-
-
-def assert_main(params, expected):
-    """Each `.grad` is the main gradient, with these values; None where None is expected."""
-    for param, values in zip(params, expected, strict=True):
-        if values is None:
-            assert param.grad is None
-        else:
-            assert param.grad.data_ptr() == param.main_grad.data_ptr()
-            assert param.grad.equal(values.float())
 
 
 class TwoHeads(nn.Module):
@@ -96,6 +79,17 @@ def test_a_parameter_that_is_first_used_late_in_a_window(hook, queueing):
     assert_main(head, expected)
 
 
+def check_stock_until_attached_again(accumulator, model, part, grads, all_grads, x, backend):
+    """A part that is not covered has summed two micro-batches in 16 bits; then it is covered."""
+    for param, grad in zip(part.parameters(), grads, strict=True):
+        assert param.grad.dtype == torch.bfloat16 and param.grad.equal(grad + grad)
+    accumulator.detach()
+    model.zero_grad()
+    gk.attach(model, scale=0.5, backend=backend)
+    backward(model, x)
+    assert_main(model.parameters(), [grad.float() * 0.5 for grad in all_grads])
+
+
 @every_hook
 def test_a_parameter_that_is_added_later_is_stock(hook):
     device, backend = hook
@@ -107,18 +101,14 @@ def test_a_parameter_that_is_added_later_is_stock(hook):
     for _ in range(2):
         backward(model, x)
     assert_main(covered, [g.float() for g in expected[: len(covered)]])
-    for param, grad in zip(model[4].parameters(), expected[len(covered) :], strict=True):
-        assert param.grad.dtype == torch.bfloat16 and param.grad.equal(grad + grad)
-    accumulator.detach()
-    model.zero_grad()
-    gk.attach(model, scale=0.5, backend=backend)
-    backward(model, x)
-    assert_main(model.parameters(), [g.float() * 0.5 for g in expected])
+    check_stock_until_attached_again(
+        accumulator, model, model[4], expected[len(covered) :], expected, x, backend
+    )
 
 
 @every_hook
 def test_frozen_and_thawed_in_the_middle_of_a_window(hook, queueing):
-    model, stock = pair(hook)
+    model, stock = attached_and_stock(hook)
     inputs = [batch(hook[0]) for _ in range(3)]
     micro = micro_gradients(stock, inputs)
     for x, trains in zip(inputs, (True, False, True), strict=True):
@@ -139,19 +129,15 @@ def test_thawed_after_attach_is_stock_until_attached_again(hook):
     model[0].requires_grad_(True)
     for _ in range(2):
         backward(model, x)
-    for param, grad in zip(model[0].parameters(), expected[:2], strict=True):
-        assert param.grad.dtype == torch.bfloat16 and param.grad.equal(grad + grad)
-    accumulator.detach()
-    model.zero_grad()
-    gk.attach(model, scale=0.5, backend=backend)
-    backward(model, x)
-    assert_main(model.parameters(), [g.float() * 0.5 for g in expected])
+    check_stock_until_attached_again(
+        accumulator, model, model[0], expected[:2], expected, x, backend
+    )
 
 
 @every_hook
 @pytest.mark.parametrize("wrt", ["inputs", "parameters", "both"])
 def test_autograd_grad_in_the_middle_of_a_window(hook, wrt):
-    model, stock = pair(hook)
+    model, stock = attached_and_stock(hook)
     first, other, last = (batch(hook[0]) for _ in range(3))
     micro = micro_gradients(stock, [first, last])
     backward(model, first)
@@ -173,7 +159,7 @@ def test_autograd_grad_in_the_middle_of_a_window(hook, wrt):
 
 @every_hook
 def test_backward_with_inputs_in_the_middle_of_a_window(hook):
-    model, stock = pair(hook)
+    model, stock = attached_and_stock(hook)
     inputs = [batch(hook[0]) for _ in range(2)]
     micro = micro_gradients(stock, inputs)
     backward(model, inputs[0])
@@ -184,7 +170,7 @@ def test_backward_with_inputs_in_the_middle_of_a_window(hook):
 
 @every_hook
 def test_a_backward_inside_of_a_backward(hook, queueing):
-    model, stock = pair(hook)
+    model, stock = attached_and_stock(hook)
     outer, inner = (batch(hook[0]) for _ in range(2))
     expected = float32_sums(micro_gradients(stock, [outer, inner]))
     hidden = model[:2](outer)
@@ -201,7 +187,7 @@ def test_a_backward_inside_of_a_backward(hook, queueing):
 @every_hook
 @pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected in")
 def test_anomaly_mode(hook, queueing):
-    model, stock = pair(hook)
+    model, stock = attached_and_stock(hook)
     inputs = [batch(hook[0]) for _ in range(2)]
     expected = float32_sums(micro_gradients(stock, inputs))
     with torch.autograd.detect_anomaly():
@@ -216,7 +202,7 @@ def test_anomaly_mode(hook, queueing):
 @pytest.mark.parametrize("of", ["input", "parameters"])
 def test_forward_derivatives_in_the_middle_of_a_window(hook, of):
     # Not in 16 bits, of which torch 2.11 makes float32 tangents on CUDA that a layer cannot take.
-    model, stock = pair(hook, torch.float32)
+    model, stock = attached_and_stock(hook, torch.float32)
     first, x, last = (batch(hook[0], torch.float32) for _ in range(3))
     expected = float32_sums(micro_gradients(stock, [first, last]))
     backward(model, first)
@@ -237,7 +223,7 @@ def test_forward_derivatives_in_the_middle_of_a_window(hook, of):
 
 @every_hook
 def test_backward_of_dual_numbers_adds_the_primal(hook):
-    model, stock = pair(hook, torch.float32)
+    model, stock = attached_and_stock(hook, torch.float32)
     inputs, micro = [batch(hook[0], torch.float32) for _ in range(2)], []
     for x in inputs:
         with forward_ad.dual_level():

@@ -6,16 +6,9 @@ import pickle
 
 import pytest
 import torch
-from hook_cases import backward, batch, every_hook, float32_sums, micro_gradients, mlp
+from hook_cases import assert_main, backward, batch, every_hook, float32_sums, micro_gradients, mlp
 
 import gradacc_kernels as gk
-
-
-def assert_main(model, expected):
-    """Each `.grad` is the main gradient, with these values."""
-    for param, values in zip(model.parameters(), expected, strict=True):
-        assert param.grad.data_ptr() == param.main_grad.data_ptr()
-        assert param.grad.dtype == torch.float32 and param.grad.equal(values)
 
 
 def cast_by_half(model):
@@ -45,7 +38,7 @@ def test_a_cast(hook, queueing, cast, when):
     x = inputs[2].to(stock[0].weight.dtype)
     micro += micro_gradients(stock, [x])
     backward(model, x)
-    assert_main(model, float32_sums(micro))
+    assert_main(model.parameters(), float32_sums(micro))
 
 
 @pytest.mark.gpu
@@ -66,7 +59,7 @@ def test_a_move(when, queueing):
     x = inputs[2].to("cuda")
     micro = [[grad.to("cuda") for grad in grads] for grads in micro] + micro_gradients(stock, [x])
     backward(model, x)
-    assert_main(model, float32_sums(micro))
+    assert_main(model.parameters(), float32_sums(micro))
 
 
 @every_hook
@@ -79,7 +72,7 @@ def test_loading_in_the_middle_of_a_window_keeps_the_sums(hook, queueing):
     model.load_state_dict(after.state_dict())
     backward(model, inputs[1])
     micro = [micro_gradients(net, [x])[0] for net, x in zip((before, after), inputs, strict=True)]
-    assert_main(model, float32_sums(micro))
+    assert_main(model.parameters(), float32_sums(micro))
 
 
 @every_hook
@@ -93,7 +86,9 @@ def test_parameters_assigned_in_the_middle_of_a_window_start_anew(hook, queueing
     old = list(model.parameters())
     model.load_state_dict(after.state_dict(), assign=True)
     backward(model, inputs[1])
-    assert_main(model, [grad.float() for grad in micro_gradients(after, inputs[1:])[0]])
+    assert_main(
+        model.parameters(), [grad.float() for grad in micro_gradients(after, inputs[1:])[0]]
+    )
     for param, grad in zip(old, micro_gradients(before, inputs[:1])[0], strict=True):
         assert param.grad.dtype == torch.bfloat16 and param.grad.equal(grad)
 
@@ -110,7 +105,7 @@ def test_detached_and_attached_in_the_middle_of_a_window(hook, queueing):
     gk.attach(model, backend=backend)
     backward(model, inputs[2])
     rounded = [sums.bfloat16() for sums in float32_sums(micro[:2])]
-    assert_main(model, float32_sums([rounded, micro[2]]))
+    assert_main(model.parameters(), float32_sums([rounded, micro[2]]))
 
 
 @every_hook
@@ -130,7 +125,7 @@ def test_an_optimizer_is_saved_without_the_buffers(hook, way):
             optimizer.zero_grad()
         backward(each, batch(device, torch.float32))
         if each is model:
-            assert_main(model, [p.grad for p in model.parameters()])
+            assert_main(model.parameters(), [p.grad for p in model.parameters()])
         file = io.BytesIO()
         if way == "state_dict":
             torch.save(optimizer.state_dict(), file)

@@ -1,24 +1,18 @@
 """Training loops as they are written for stock PyTorch, step for step beside a stock twin."""
 
-import copy
-
 import pytest
 import torch
-from hook_cases import backward, batch, every_hook, float32_sums, micro_gradients, mlp
-
-import gradacc_kernels as gk
-
-
-def twins(hook, dtype=torch.float32, **options):
-    """A model that is attached, and its copy that is not."""
-    device, backend = hook
-    model = mlp(device, dtype)
-    stock = copy.deepcopy(model)
-    gk.attach(model, backend=backend, **options)
-    return model, stock
+from hook_cases import (
+    attached_and_stock,
+    backward,
+    batch,
+    every_hook,
+    float32_sums,
+    micro_gradients,
+)
 
 
-def assert_main(model):
+def assert_attached(model):
     """The attachment is in effect: each `.grad` is the main gradient."""
     for param in model.parameters():
         assert param.grad.data_ptr() == param.main_grad.data_ptr()
@@ -34,7 +28,7 @@ def assert_equal(ours, stock):
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad_both_ways(hook, queueing, whose, set_to_none):
     device, _ = hook
-    model, stock = twins(hook)
+    model, stock = attached_and_stock(hook, torch.float32)
     optimizers = {each: torch.optim.AdamW(each.parameters(), lr=0.1) for each in (model, stock)}
     for _ in range(3):
         inputs = [batch(device, torch.float32) for _ in range(2)]
@@ -42,7 +36,7 @@ def test_zero_grad_both_ways(hook, queueing, whose, set_to_none):
             for x in inputs:
                 backward(each, x)
             if each is model:
-                assert_main(model)
+                assert_attached(model)
             optimizer.step()
             (each if whose == "model" else optimizer).zero_grad(set_to_none=set_to_none)
         for param in model.parameters():
@@ -58,7 +52,7 @@ def test_zero_grad_both_ways(hook, queueing, whose, set_to_none):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_autocast_with_float32_parameters(hook, queueing, dtype):
     device, _ = hook
-    model, stock = twins(hook, fuse=False)
+    model, stock = attached_and_stock(hook, torch.float32, fuse=False)
     optimizers = {each: torch.optim.AdamW(each.parameters(), lr=0.01) for each in (model, stock)}
     for _ in range(3):
         inputs = [batch(device, torch.float32) for _ in range(3)]
@@ -68,7 +62,7 @@ def test_autocast_with_float32_parameters(hook, queueing, dtype):
                     loss = each(x).float().square().mean()
                 loss.backward()
             if each is model:
-                assert_main(model)
+                assert_attached(model)
             optimizer.step()
             optimizer.zero_grad()
     assert_equal(model, stock)
@@ -88,7 +82,7 @@ def scaled_run(model, steps, device, optimizer, is_attached):
                 loss = loss * float("inf")
             scaler.scale(loss).backward()
         if is_attached:
-            assert_main(model)
+            assert_attached(model)
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         scaler.step(optimizer)
@@ -112,7 +106,7 @@ def test_grad_scaler_unmodified(hook, queueing):
     device, _ = hook
     steps = [[batch(device, torch.float32) for _ in range(3)] for _ in range(8)]
     runs = []
-    for each in twins(hook, fuse=False):
+    for each in attached_and_stock(hook, torch.float32, fuse=False):
         optimizer = torch.optim.AdamW(each.parameters(), lr=0.01)
         runs.append(list(scaled_run(each, steps, device, optimizer, is_attached=not runs)))
     check_schedule(runs)
@@ -126,7 +120,7 @@ def test_grad_scaler_with_fused_modules(hook):
     device, _ = hook
     steps = [[batch(device, torch.float32) for _ in range(3)] for _ in range(8)]
     runs = []
-    for each in twins(hook, fuse=True):
+    for each in attached_and_stock(hook, torch.float32, fuse=True):
         optimizer = torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9)
         runs.append(list(scaled_run(each, steps, device, optimizer, is_attached=not runs)))
     check_schedule(runs)
@@ -138,7 +132,7 @@ def test_grad_scaler_with_fused_modules(hook):
 def test_grad_scaler_over_float16_parameters(hook, queueing):
     """Float32 masters, whose gradients unscale_ finds in float32; stock has 16-bit ones."""
     device, _ = hook
-    model, stock = twins(hook, torch.float16)
+    model, stock = attached_and_stock(hook, torch.float16)
     params = list(model.parameters())
     masters, expected = ([p.detach().float() for p in params] for _ in range(2))
     optimizer, other = (torch.optim.SGD(tensors, lr=0.01) for tensors in (masters, expected))
@@ -180,7 +174,7 @@ def test_grad_scaler_over_float16_parameters(hook, queueing):
 def test_16_bit_parameters_with_float32_masters(hook, queueing):
     """The loop of the README, where the whole gradient is the float32 sum."""
     device, _ = hook
-    model, stock = twins(hook, torch.bfloat16)
+    model, stock = attached_and_stock(hook, torch.bfloat16)
     params = list(model.parameters())
     masters, expected = ([p.detach().float() for p in params] for _ in range(2))
     optimizers = [torch.optim.AdamW(tensors, lr=0.01) for tensors in (masters, expected)]
