@@ -7,6 +7,7 @@ the flat buffer (buffer.py) of which ``.grad`` is a view.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import warnings
@@ -158,7 +159,7 @@ class _Attachment:
         self.n_frozen = n_frozen
         self.root = None if root is None else weakref.ref(root)
         self.params = params
-        self.handle = None
+        self.handles: list[Any] = []
         self.groups: list[_Group] = []
         self.uses_inv_scale = False
         self.lock = threading.RLock()
@@ -237,6 +238,17 @@ class _Attachment:
         if root is not None and self.fuse is not False:
             self.fused = fused.FusedModules(root, self.fuse, _covered_by(self))
 
+    def follow(self, root: torch.nn.Module) -> None:
+        """Has a module call refresh before its forward and after what changes its parameters."""
+        refresh = _Refresh(self)
+        self.handles = [
+            root.register_forward_pre_hook(refresh),
+            root.register_load_state_dict_post_hook(refresh),
+        ]
+        if "_apply" not in vars(root):
+            root._apply = _RefreshAfterApply(root, self)
+            self.handles.append(root._apply)
+
     def refresh(self) -> None:
         """Follows the parameters to new nodes, streams, dtypes, devices and objects."""
         if torch.is_inference_mode_enabled():
@@ -312,8 +324,8 @@ class _Attachment:
         """Gives all parameters back."""
         # The garbage collector may call this at any time, inside anybody's modes.
         with self.lock, torch.inference_mode(False), _disable_current_modes():
-            if self.handle is not None:
-                self.handle.remove()
+            for handle in self.handles:
+                handle.remove()
             if self.fused is not None:
                 self.fused.remove()
             for group in self.groups:
@@ -363,8 +375,8 @@ def _watch(root: torch.nn.Module | None, params: dict[str, Tensor]):
     return form.ParameterWatch(entries)
 
 
-class _RefreshBeforeForward:
-    """The forward pre-hook of an attached module, which owns the attachment.
+class _Refresh:
+    """The hook before an attached module's forward and after its loading; owns the attachment.
 
     Copies and pickles of the module get one that does nothing: they train as stock PyTorch does.
     """
@@ -372,12 +384,43 @@ class _RefreshBeforeForward:
     def __init__(self, attachment: _Attachment | None = None):
         self.attachment = attachment
 
-    def __call__(self, module, args):
+    def __call__(self, module, _):
         if self.attachment is not None and not torch.compiler.is_compiling():
             self.attachment.refresh()
 
     def __reduce__(self):
-        return (_RefreshBeforeForward, ())
+        return (_Refresh, ())
+
+
+class _RefreshAfterApply:
+    """``_apply`` of an attached module's instance, by which ``.to()`` and ``.half()`` are done.
+
+    Loops that never call the module itself, but layers of it, have no other call to follow by. What
+    cannot be followed yet, as a move to the meta device, is left to the next forward. Copies and
+    pickles of the module get one that does what the class does.
+    """
+
+    def __init__(self, module: torch.nn.Module, attachment: _Attachment | None = None):
+        self.module = weakref.ref(module)
+        self.attachment = None if attachment is None else weakref.ref(attachment)
+
+    def __call__(self, *args, **kwargs):
+        module = self.module()
+        type(module)._apply(module, *args, **kwargs)
+        attachment = None if self.attachment is None else self.attachment()
+        if attachment is not None:
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+                attachment.refresh()
+        return module
+
+    def remove(self) -> None:
+        """Gives the module the ``_apply`` of its class back."""
+        module = self.module()
+        if module is not None and vars(module).get("_apply") is self:
+            del module._apply
+
+    def __reduce__(self):
+        return (_RefreshAfterApply, (self.module(),))
 
 
 class Accumulator:
@@ -407,9 +450,9 @@ class Accumulator:
     def refresh(self) -> None:
         """Follows the parameters after a change that autograd makes no call for.
 
-        A module's forward does this by itself. Call it when you use a submodule directly, or a bare
-        list of parameters, after ``.to()``, ``load_state_dict(assign=True)`` or a change of CUDA
-        stream.
+        A module's forward, ``.to()`` and ``load_state_dict`` do this by themselves. Call it when
+        you use a bare list of parameters, or a submodule directly, after such a change of them or
+        of the CUDA stream.
 
         Raises:
             RuntimeError: a parameter changed its shape; nothing was changed.
@@ -727,7 +770,7 @@ def attach(
     optimizers.watch(_is_covered, _end_window)
     attachment = _Attachment(params, float(scale), backend, fuse, root, len(named) - len(params))
     if root is not None:
-        attachment.handle = root.register_forward_pre_hook(_RefreshBeforeForward(attachment))
+        attachment.follow(root)
     return Accumulator(attachment)
 
 

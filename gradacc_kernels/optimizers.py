@@ -1,7 +1,8 @@
-"""Optimizers that cannot step 16-bit parameters with float32 gradients, refused before they step.
+"""What attach has to do with optimizers: their step ends a window, and some cannot take one.
 
-torch's own error comes from an operator deep inside of the step, and names neither the parameter
-nor a way out.
+Optimizers that cannot step 16-bit parameters with float32 gradients are refused before they step:
+torch's own error comes from an operator deep inside of it, and names neither the parameter nor a
+way out.
 """
 
 from __future__ import annotations

@@ -276,7 +276,8 @@ class PythonHooks:
             if total is None:
                 param.variable.grad = None
             else:
-                param.main.copy_(total)
+                with torch.no_grad():
+                    param.main.copy_(total)
                 self._show(param)
             param.statistics_version = None
             param.micro_batches = micro_batches

@@ -89,7 +89,7 @@ def _check(attachment: Any, state: Mapping[str, Tensor]) -> None:
                 f"load_state_dict: the state is incomplete: parameter {name} has the count "
                 f"{count:g} and {'no ' if total is None else 'a '}sum"
             )
-        if count < NOT_BEGUN or count != int(count):
+        if not (count >= NOT_BEGUN and float(count).is_integer()):
             raise ValueError(
                 f"load_state_dict: parameter {name} cannot have seen {count:g} micro-batches"
             )

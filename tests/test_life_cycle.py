@@ -37,17 +37,62 @@ def test_casting_in_the_middle_of_a_window_rounds_nothing(hook, cast):
     assert param.weight.grad.item() == 258.0
 
 
+def cast_it(model):
+    model.half()
+
+
+def cast_what_holds_it(model):
+    torch.nn.ModuleList([model]).half()
+
+
+def load_by_assigning(model):
+    state = {name: value.half() for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
 @every_hook
-def test_casting_without_a_forward_is_followed_by_refresh(hook):
+@pytest.mark.parametrize("change", [cast_it, cast_what_holds_it, load_by_assigning])
+def test_a_model_is_followed_of_which_only_layers_are_called(hook, change):
     device, backend = hook
-    model = mlp(device)
-    accumulator = gk.attach(model, backend=backend)
+    model, x = mlp(device), batch(device).half()
+    gk.attach(model, backend=backend)
     backward(model, batch(device))
     sums = [p.grad.clone() for p in model.parameters()]
-    model.half()
-    assert model[0].weight.grad.dtype == torch.float16
-    accumulator.refresh()
-    assert all(p.grad.equal(s) for p, s in zip(model.parameters(), sums, strict=True))
+    change(model)
+    if change is load_by_assigning:
+        sums = [torch.zeros_like(s) for s in sums]  # as in stock, they stay with the old parameters
+    else:
+        assert all(p.grad.equal(s) for p, s in zip(model.parameters(), sums, strict=True))
+    expected = micro_gradients(model, [x])[0]
+
+    def layers(x):
+        for layer in model:
+            x = layer(x)
+        return x
+
+    backward(layers, x)
+    for param, total, grad in zip(model.parameters(), sums, expected, strict=True):
+        assert param.grad.data_ptr() == param.main_grad.data_ptr()
+        assert param.grad.equal(total + grad.float())
+
+
+@every_hook
+def test_to_meta_and_back(hook):
+    """A move that cannot be followed says so in the next forward, and not before."""
+    device, backend = hook
+    model, x = mlp(device), batch(device)
+    gk.attach(model, backend=backend)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.to("meta")
+    with pytest.raises(ValueError, match="on the meta device"):
+        model(x.to("meta"))
+    model.to_empty(device=device)
+    model.load_state_dict(state)
+    expected = micro_gradients(model, [x])[0]
+    backward(model, x)
+    for param, grad in zip(model.parameters(), expected, strict=True):
+        assert param.grad.data_ptr() == param.main_grad.data_ptr()
+        assert param.grad.equal(grad.float())
 
 
 @every_hook
@@ -204,7 +249,8 @@ def test_context_manager_and_attaching_again(hook):
             backward(model, x)
             assert model[0].weight.grad.dtype == torch.float32
         assert model[0].weight.grad.dtype == torch.bfloat16
-        assert not model._forward_pre_hooks
+        assert not model._forward_pre_hooks and not model._load_state_dict_post_hooks
+        assert "_apply" not in vars(model)
 
 
 @every_hook
@@ -225,10 +271,12 @@ def test_copies_train_as_stock(hook, way):
         file.seek(0)
         twin = torch.load(file, weights_only=False)
     twin.zero_grad()
-    backward(twin, x)
-    stock = micro_gradients(twin, [x])[0]
+    twin.half()
+    stock = micro_gradients(twin, [x.half()])[0]
+    backward(twin, x.half())
     for param, grad in zip(twin.parameters(), stock, strict=True):
-        assert param.grad.dtype == torch.bfloat16 and param.grad.equal(grad)
+        assert param.grad.dtype == torch.float16 and param.grad.equal(grad)
+    assert model[0].weight.dtype == torch.bfloat16
     assert "detached" in repr(twin.accumulator)
     assert model[0].weight.grad.dtype == torch.float32
     gk.attach(twin, backend=backend)

@@ -114,14 +114,8 @@ def test_window_under_autocast():
     check_window(partial(calls_layers, sgd), loop, True, gain=1000)
 
 
-NO_FORWARD = pytest.mark.xfail(
-    strict=True,
-    reason="the module's forward, which would follow the cast, is never called: see compatibility",
-)
-
-
 @every_fuse
-@pytest.mark.parametrize("make", [pytest.param(calls_layers, marks=NO_FORWARD), calls_itself])
+@pytest.mark.parametrize("make", [calls_layers, calls_itself])
 def test_window_of_a_module_that_lightning_casts(make, fuse):
     """``bf16-true`` casts the module in ``fit``, when it is attached already."""
     loop = partial(one_window, precision="bf16-true")

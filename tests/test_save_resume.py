@@ -130,6 +130,19 @@ def test_what_has_begun_is_remembered(hook):
 
 
 @every_hook
+def test_sums_that_require_grad_are_loaded_as_values(hook):
+    model, accumulator = attached(hook)
+    backward(model, batch(hook[0]))
+    state = accumulator.state_dict()
+    for key, value in state.items():
+        value.requires_grad_(key.startswith("main_grad."))
+    accumulator.load_state_dict(state)
+    backward(model, batch(hook[0]))
+    for param in model.parameters():
+        assert not param.grad.requires_grad and not param.main_grad.requires_grad
+
+
+@every_hook
 def test_safetensors_takes_it(hook, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     model, accumulator = attached(hook)
@@ -185,6 +198,16 @@ WRONG = {
         setting("micro_batches.0.bias", torch.tensor(1.5)),
         ValueError,
         "cannot have seen 1.5",
+    ),
+    "a count of NaN": (
+        setting("micro_batches.0.bias", torch.tensor(torch.nan)),
+        ValueError,
+        "cannot have seen nan",
+    ),
+    "a count without end": (
+        setting("micro_batches.0.bias", torch.tensor(torch.inf)),
+        ValueError,
+        "cannot have seen inf",
     ),
     "two counts": (setting("micro_batches.0.bias", torch.ones(2)), ValueError, "must be one"),
     "no tensor": (setting("scale", 1.0), TypeError, "got float for 'scale'"),

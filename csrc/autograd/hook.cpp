@@ -443,18 +443,18 @@ void GradHooks::follow_uses() {
   const int graph_task = autograd::get_current_graph_task_id();
   if (std::find(followed_.begin(), followed_.end(), graph_task) != followed_.end()) return;
   followed_[n_followed_++ % followed_.size()] = graph_task;
-  std::vector<const autograd::Node*> leaves(params_.size(), nullptr);
-  bool is_any_half = false;
-  for (size_t i = 0; i < params_.size(); ++i) {
-    if (!is_half(params_[i].variable)) continue;
-    is_any_half = true;
-    leaves[i] = params_[i].node.get();
+  std::vector<Param*> halves;
+  std::vector<const autograd::Node*> leaves;
+  for (Param& param : params_) {
+    if (!param.node || !is_half(param.variable)) continue;
+    halves.push_back(&param);
+    leaves.push_back(param.node.get());
   }
-  if (!is_any_half) return;
+  if (halves.empty()) return;
   const auto uses = count_uses(leaves);
-  for (size_t i = 0; i < params_.size(); ++i) {
+  for (size_t i = 0; i < halves.size(); ++i) {
     if (uses[i] == 0) continue;
-    Param& param = params_[i];
+    Param& param = *halves[i];
     param.is_cast = uses[i] > 1;
     deliver_in(*param.node, param.is_cast ? std::optional(at::kFloat) : std::nullopt);
   }
