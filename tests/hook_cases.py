@@ -126,3 +126,14 @@ def float32_sums(micro):
 
 def backward(model, x):
     model(x).float().square().sum().backward()
+
+
+def warm_up(model, x):
+    """Two micro-batches on a side stream, as before a capture."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            backward(model, x)
+    torch.cuda.current_stream().wait_stream(side)
+    model.zero_grad()

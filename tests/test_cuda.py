@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from hook_cases import backward, batch, float32_sums, micro_gradients, mlp
+from hook_cases import backward, batch, float32_sums, micro_gradients, mlp, warm_up
 
 import gradacc_kernels as gk
 
@@ -35,15 +35,9 @@ def all_equal(ours, expected):
 def test_captured_micro_batches_replay_as_eager(backend, warm_up_on_default_stream, queueing):
     model, x = mlp("cuda"), batch("cuda")
     accumulator = gk.attach(model, backend=backend)
-    side = torch.cuda.Stream()
     if warm_up_on_default_stream:
         backward(model, x)
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            backward(model, x)
-    torch.cuda.current_stream().wait_stream(side)
-    model.zero_grad()
+    warm_up(model, x)
     first, later = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(first):
         backward(model, x)

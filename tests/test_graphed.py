@@ -6,7 +6,16 @@ import warnings
 
 import pytest
 import torch
-from hook_cases import backward, batch, float32_sums, micro_gradients, mlp, parameter
+from hook_cases import (
+    assert_main,
+    backward,
+    batch,
+    float32_sums,
+    micro_gradients,
+    mlp,
+    parameter,
+    warm_up,
+)
 
 import gradacc_kernels as gk
 
@@ -15,24 +24,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible"),
 ]
 BACKENDS = pytest.mark.parametrize("backend", ["cuda", "triton"])
-
-
-def assert_main(model, expected):
-    """Each `.grad` is the main gradient, with these values."""
-    torch.cuda.synchronize()
-    for param, values in zip(model.parameters(), expected, strict=True):
-        assert param.grad.data_ptr() == param.main_grad.data_ptr()
-        assert param.grad.equal(values)
-
-
-def warm_up(model, x):
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            backward(model, x)
-    torch.cuda.current_stream().wait_stream(side)
-    model.zero_grad()
 
 
 @BACKENDS
@@ -58,7 +49,7 @@ def test_forward_and_backward_are_graphs_that_share_the_pool_of_the_model(backen
             forward.replay()
             (later if number else first).replay()
         accumulator.expose()
-        assert_main(model, float32_sums(micro_gradients(stock, inputs)))
+        assert_main(model.parameters(), float32_sums(micro_gradients(stock, inputs)))
 
 
 @BACKENDS
@@ -77,7 +68,7 @@ def test_main_gradients_are_outside_of_the_pool(backend, queueing):
     train.replay()
     other.replay()
     accumulator.expose()
-    assert_main(model, float32_sums(micro_gradients(stock, [x])))
+    assert_main(model.parameters(), float32_sums(micro_gradients(stock, [x])))
 
 
 @BACKENDS
@@ -91,7 +82,7 @@ def test_a_model_graphed_before_attach(backend, queueing):
         model.zero_grad()
         for values in inputs:
             backward(model, values)
-        assert_main(model, float32_sums(micro_gradients(stock, inputs)))
+        assert_main(model.parameters(), float32_sums(micro_gradients(stock, inputs)))
 
 
 @BACKENDS
@@ -105,7 +96,9 @@ def test_a_model_graphed_between_detach_and_attach(backend, queueing):
     gk.attach(model, backend=backend)
     for values in inputs[1:]:
         backward(model, values)
-    assert_main(model, float32_sums(micro))  # one micro-batch is no sum that detach could round
+    assert_main(
+        model.parameters(), float32_sums(micro)
+    )  # one micro-batch is no sum that detach could round
 
 
 def test_an_attached_model_is_refused_by_make_graphed_callables():
