@@ -75,14 +75,18 @@ class FusedForward:
 
 
 class ProductForward(FusedForward):
-    """Computes the one product or lookup of a module."""
+    """Computes the one product or lookup of a module.
+
+    Only where autograd records it: evaluation, whose weights may have been swapped by writes that
+    nothing sees, reads no copy of a window.
+    """
 
     __slots__ = ()
 
     def __call__(self, *args, **kwargs):
         """Returns what the class's forward would."""
         module = self.module()
-        if self.call is not None:
+        if self.call is not None and torch.is_grad_enabled():
             if torch.compiler.is_compiling():
                 _warn_compiled()
             elif len(args) == 1 and not kwargs and type(args[0]) is Tensor:

@@ -245,7 +245,7 @@ class _Attachment:
             root.register_forward_pre_hook(refresh),
             root.register_load_state_dict_post_hook(refresh),
         ]
-        if "_apply" not in vars(root):
+        if _RefreshAfterApply.suits(root):
             root._apply = _RefreshAfterApply(root, self)
             self.handles.append(root._apply)
 
@@ -289,10 +289,11 @@ class _Attachment:
         kept = WeakTensorKeyDictionary({param: name for name, param in params.items()})
         sums = WeakTensorKeyDictionary({param: (param.grad, 0) for param in params.values()})
         for group, index, name, param in list(self.members()):
-            if param in kept:
-                count = group.hooks.micro_batches(index)
-                sums[param] = group.hooks.current(index), count
-            else:
+            total, count = group.hooks.current(index), group.hooks.micro_batches(index)
+            successor = param if param in kept else params.get(name)
+            if successor is param or _is_rounded(total, successor):
+                sums[successor] = total, count
+            if successor is not param:
                 self.release(group, index, name, param)
         for param in params.values():
             param.grad = None
@@ -338,6 +339,14 @@ class _Attachment:
         # Parameters may outlive a model or an Accumulator, and must then train as stock ones do.
         if not is_finalizing() and getattr(self, "groups", None):
             self.detach()
+
+
+def _is_rounded(total: Tensor | None, param: Tensor | None) -> bool:
+    """Tells whether ``.grad`` is this sum, cast: the parameter is one that ``.to()`` has made."""
+    grad = None if param is None else param.grad
+    if total is None or grad is None or grad.shape != total.shape or grad.is_sparse:
+        return False
+    return torch.equal(total.detach().to(grad), grad)
 
 
 def _covered_by(attachment: _Attachment) -> fused.Find:
@@ -400,18 +409,37 @@ class _RefreshAfterApply:
     pickles of the module get one that does what the class does.
     """
 
+    @staticmethod
+    def suits(module: torch.nn.Module) -> bool:
+        """Tells whether an instance can have one: others' are left alone."""
+        before = vars(module).get("_apply")
+        if isinstance(before, _RefreshAfterApply):
+            before = None if before._alive() is None else before
+        # What pickles its attributes before itself, as torch.fx's modules, cannot refer to itself.
+        pickles_plainly = type(module).__reduce__ is object.__reduce__
+        return before is None and pickles_plainly
+
     def __init__(self, module: torch.nn.Module, attachment: _Attachment | None = None):
         self.module = weakref.ref(module)
         self.attachment = None if attachment is None else weakref.ref(attachment)
 
+    def _alive(self) -> _Attachment | None:
+        return None if self.attachment is None else self.attachment()
+
     def __call__(self, *args, **kwargs):
         module = self.module()
-        type(module)._apply(module, *args, **kwargs)
-        attachment = None if self.attachment is None else self.attachment()
-        if attachment is not None:
-            with contextlib.suppress(TypeError, ValueError, RuntimeError):
-                attachment.refresh()
-        return module
+        if module is None:
+            raise RuntimeError(
+                "gradacc_kernels: a shallow copy of an attached module cannot be moved or cast "
+                "when the module itself is gone: detach() before copy.copy, or use copy.deepcopy"
+            )
+        try:
+            return type(module)._apply(module, *args, **kwargs)
+        finally:
+            attachment = self._alive()
+            if attachment is not None:
+                with contextlib.suppress(TypeError, ValueError, RuntimeError):
+                    attachment.refresh()
 
     def remove(self) -> None:
         """Gives the module the ``_apply`` of its class back."""
@@ -729,8 +757,8 @@ def attach(
         The :class:`Accumulator`.
 
     Raises:
-        TypeError: neither a module nor tensors; integer or complex parameters, tensor subclasses; a
-            scale that is no number.
+        TypeError: neither a module nor tensors, or a scripted module; integer or complex
+            parameters, tensor subclasses; a scale that is no number.
         ValueError: nothing that requires grad; parameters already attached, uninitialised, sparse,
             no leaves, on the meta device or on one that no backend serves; a scale that is not
             positive and finite; an unknown backend or fuse; fuse=True for a list, or for an
@@ -752,6 +780,11 @@ def attach(
             "attach: gradients need autograd; call it outside torch.inference_mode()"
         )
     root = model_or_params if isinstance(model_or_params, torch.nn.Module) else None
+    if isinstance(root, torch.jit.ScriptModule):
+        raise TypeError(
+            "attach: a scripted or traced module calls no hooks that could follow it: pass its "
+            "parameters as a list, attach(list(module.parameters()))"
+        )
     fused.check(root, fuse)
     named = _named(model_or_params)
     params = {name: param for name, param in named.items() if param.requires_grad}

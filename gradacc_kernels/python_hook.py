@@ -141,6 +141,9 @@ class PythonHooks:
         self._removed = False
         self._window = 0  # counts ends of windows
         self._followed: deque[int] = deque(maxlen=8)  # the last backwards whose uses were counted
+        self._at_end: Callable[[], None] | None = None
+        self._is_holding = False
+        self._held: list[_Queue] = []
 
     def refresh(self) -> bool:
         """Installs the hook where the node died or was made on another stream; restores cast views.
@@ -206,7 +209,7 @@ class PythonHooks:
             graph_task = torch._C._current_graph_task_id()
             for queue in filter(None, (reference() for reference in self._queues)):
                 if queue.graph_task == graph_task:
-                    self._flush(queue)
+                    self._finish(queue)
             self._removed = True
             for param in self._params:
                 if param.handle is not None:
@@ -264,10 +267,57 @@ class PythonHooks:
         has_begun = param.variable.grad is not None and param.window == self._window
         return param.micro_batches if has_begun else 0
 
+    def most_micro_batches(self) -> int:
+        """Tells the most that :meth:`micro_batches` is of any parameter."""
+        return max(map(self.micro_batches, range(len(self._params))))
+
     def end_window(self) -> None:
         """Has the next gradients count as those of a new window."""
         with self._lock:
             self._window += 1
+            for param in self._params:
+                param.statistics_version = None  # a fused step may have written
+
+    def call_at_end(self, call: Callable[[], None]) -> None:
+        """Has every backward that had a gradient for us call this at its end."""
+        self._at_end = call
+
+    def hold(self) -> None:
+        """Has gradients wait, after the backward that brought them, to be committed or dropped.
+
+        A backward that raises leaves none. Not with fused modules.
+        """
+        self._is_holding = True
+
+    def held(self) -> list[Tensor]:
+        """Returns the gradients that wait."""
+        with self._lock:
+            return [grad for queue in self._held for _, grad in queue.entries]
+
+    def commit_held(self) -> None:
+        """Adds the gradients that wait.
+
+        A launch adds once to a parameter: a second gradient of one, as of two reentrant checkpoints
+        that share it, starts another.
+        """
+        with self._lock:
+            held, self._held = self._held, []
+            for queue in held:
+                if self._removed:
+                    self._hand_back(queue.entries)
+                    continue
+                batch: list[tuple[_Param, Tensor]] = []
+                for entry in queue.entries:
+                    if any(entry[0] is param for param, _ in batch):
+                        self._commit(batch, queue.graph_task)
+                        batch = []
+                    batch.append(entry)
+                self._commit(batch, queue.graph_task)
+
+    def drop_held(self) -> None:
+        """Drops the gradients that wait."""
+        with self._lock:
+            self._held = []
 
     def load(self, index: int, total: Tensor | None, micro_batches: int) -> None:
         """Makes a window one that has summed this, or None, in so many micro-batches."""
@@ -400,6 +450,18 @@ class PythonHooks:
                 return grad
             check_not_reduced(param.variable)
             self._follow_uses()
+            if self._at_end is not None:
+                self._queue_under_way()
+            if self._is_holding:
+                if _is_watched(param.variable) or torch._C._current_graph_task_id() < 0:
+                    raise RuntimeError(
+                        "gradacc_kernels: with nonfinite='skip_micro_batch' gradients are added "
+                        "after backward, but a hook of others reads the .grad of a parameter of "
+                        f"shape {list(param.main.shape)} inside of it: remove that hook, or attach "
+                        "with nonfinite='skip_window'."
+                    )
+                self._queue_under_way().entries.append(entry)
+                return None
             self._flush_queued(param)
             if entry[1].nbytes < self._queue_below and not _is_watched(param.variable):
                 self._enqueue(entry)
@@ -443,21 +505,36 @@ class PythonHooks:
         if queue is not None and queue.batch == param.batch:
             self._flush(queue)
 
-    def _enqueue(self, entry: tuple[_Param, Tensor]) -> None:
+    def _queue_under_way(self) -> _Queue:
         graph_task = torch._C._current_graph_task_id()
-        stream = self._current_stream()
         alive = [queue for queue in (ref() for ref in self._queues) if queue is not None]
         queue = next((queue for queue in alive if queue.graph_task == graph_task), None)
         if queue is None:
-            queue = _Queue(graph_task, stream)
+            queue = _Queue(graph_task, self._current_stream())
             alive.append(queue)
 
-            def flush_at_end(queue=queue):
+            def finish(queue=queue):
                 with self._lock:
-                    self._flush(queue)
+                    self._finish(queue)
+                if self._at_end is not None:
+                    self._at_end()
 
-            torch.autograd.Variable._execution_engine.queue_callback(flush_at_end)
+            torch.autograd.Variable._execution_engine.queue_callback(finish)
         self._queues = [weakref.ref(queue) for queue in alive]
+        return queue
+
+    def _finish(self, queue: _Queue) -> None:
+        if not self._is_holding:
+            self._flush(queue)
+        elif queue.entries:
+            # The stream of the caller has waited for those on which the gradients were made.
+            for _, grad in queue.entries:
+                if grad.is_cuda:
+                    grad.record_stream(self._current_stream())
+            self._held.append(queue)
+
+    def _enqueue(self, entry: tuple[_Param, Tensor]) -> None:
+        queue, stream = self._queue_under_way(), self._current_stream()
         if queue.stream != stream:
             self._flush(queue)
         queue.stream = stream
@@ -557,6 +634,8 @@ class PythonHooks:
             if self._removed:
                 return False
             self._follow_uses()
+            if self._at_end is not None:
+                self._queue_under_way()
             self._flush_queued(param)
             # On the parameter's own stream all accumulation is ordered by events.
             here, home = self._current_stream(), self._stream

@@ -109,3 +109,13 @@ def test_a_detached_accumulator_says_so():
     accumulator.detach()
     with pytest.raises(RuntimeError, match="not attached to anything"):
         accumulator.grad_norm()
+
+
+def test_a_scripted_module():
+    scripted = torch.jit.script(torch.nn.Linear(4, 4).bfloat16())
+    with pytest.raises(TypeError, match="pass its parameters as a list"):
+        gk.attach(scripted)
+    accumulator = gk.attach(list(scripted.parameters()))
+    scripted(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+    assert scripted.weight.grad.dtype == torch.float32
+    del accumulator

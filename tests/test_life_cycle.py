@@ -77,6 +77,60 @@ def test_a_model_is_followed_of_which_only_layers_are_called(hook, change):
 
 
 @every_hook
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_that_is_attached_is_followed_too(hook, way):
+    device, backend = hook
+    model, x = mlp(device), batch(device).half()
+    gk.attach(model, backend=backend)
+    twin = way(model)
+    gk.attach(twin, backend=backend, scale=0.5)
+    twin.half()
+    expected = micro_gradients(twin, [x])[0]
+    backward(torch.nn.Sequential(*twin), x)
+    for param, grad in zip(twin.parameters(), expected, strict=True):
+        assert param.grad.equal(grad.float() * 0.5)
+
+
+def test_a_traced_graph_is_pickled():
+    """Its class pickles its attributes before itself."""
+    model = torch.fx.symbolic_trace(mlp())
+    gk.attach(model)
+    twin = pickle.loads(pickle.dumps(model))
+    backward(twin, batch())
+    assert twin.get_parameter("0.weight").grad.dtype == torch.bfloat16
+    model.half()
+    backward(model, batch().half())
+    assert model.get_parameter("0.weight").grad.dtype == torch.float32
+
+
+@every_hook
+def test_parameters_that_a_cast_replaces_keep_their_sums(hook):
+    device, backend = hook
+    model = mlp(device)
+    accumulator = gk.attach(model, backend=backend)
+    for _ in range(3):
+        backward(model, batch(device))
+    sums, before = [p.grad.clone() for p in model.parameters()], list(model.parameters())
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.half()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert accumulator.micro_batches == 3
+    for param, old, total in zip(model.parameters(), before, sums, strict=True):
+        assert param is not old and param.grad.equal(total)
+
+
+def test_a_shallow_copy_that_outlives_its_model_says_so():
+    model = mlp()
+    gk.attach(model, fuse=False)
+    twin = copy.copy(model)
+    del model
+    with pytest.raises(RuntimeError, match="detach\\(\\) before copy.copy"):
+        twin.half()
+
+
+@every_hook
 def test_to_meta_and_back(hook):
     """A move that cannot be followed says so in the next forward, and not before."""
     device, backend = hook

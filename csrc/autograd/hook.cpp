@@ -17,6 +17,7 @@
 #include <iterator>
 #include <string_view>
 #include <typeinfo>
+#include <unordered_set>
 #include <utility>
 
 #include "../bindings/checks.h"
@@ -317,9 +318,66 @@ int64_t GradHooks::micro_batches(int64_t index) {
   return has_begun ? param.micro_batches : 0;
 }
 
+int64_t GradHooks::most_micro_batches() {
+  const Lock lock(*this);
+  int64_t most = 0;
+  for (const Param& param : params_)
+    if (param.window == window_ && param.variable.grad().defined())
+      most = std::max(most, param.micro_batches);
+  return most;
+}
+
 void GradHooks::end_window() {
   const Lock lock(*this);
   ++window_;
+  for (Param& param : params_) param.statistics_version.reset();  // a fused step may have written
+}
+
+void GradHooks::call_at_end(std::function<void()> call) {
+  const Lock lock(*this);
+  at_end_ = std::move(call);
+}
+
+void GradHooks::hold() {
+  const Lock lock(*this);
+  is_holding_ = true;
+}
+
+std::vector<at::Tensor> GradHooks::held() {
+  const Lock lock(*this);
+  std::vector<at::Tensor> grads;
+  for (const Held& held : held_)
+    for (const Entry& entry : held.entries) grads.push_back(entry.grad);
+  return grads;
+}
+
+// A launch adds once to a parameter: a second gradient of one, as of two reentrant checkpoints that
+// share it, starts another.
+void GradHooks::commit_held() {
+  const Lock lock(*this);
+  const auto all = std::exchange(held_, {});
+  for (const Held& held : all) {
+    if (removed_) {
+      hand_back(held.entries);
+      continue;
+    }
+    std::vector<Entry> batch;
+    std::unordered_set<Param*> params;
+    for (const Entry& entry : held.entries) {
+      if (!params.insert(entry.param).second) {
+        commit(std::exchange(batch, {}), held.graph_task);
+        params = {entry.param};
+      }
+      batch.push_back(entry);
+    }
+    commit(batch, held.graph_task);
+  }
+}
+
+void GradHooks::drop_held() {
+  const Lock lock(*this);
+  for (const Held& held : std::exchange(held_, {}))
+    for (const Entry& entry : held.entries) retired_.push_back(entry.grad);
 }
 
 void GradHooks::load(int64_t index, const std::optional<at::Tensor>& sum, int64_t micro_batches) {
@@ -428,6 +486,17 @@ at::Tensor GradHooks::consume(int64_t index, const at::Tensor& grad) {
   if (removed_) return grad;
   check_not_reduced(param.variable);
   follow_uses();
+  if (at_end_) backward_under_way();
+  if (is_holding_) {
+    TORCH_CHECK(!is_watched(param) && autograd::get_current_graph_task_id() >= 0,
+                "gradacc_kernels: with nonfinite='skip_micro_batch' gradients are added after "
+                "backward, but a hook of others reads the .grad of a parameter of shape ",
+                text(param.main.sizes()),
+                " inside of it: remove that hook, or attach with "
+                "nonfinite='skip_window'.");
+    enqueue(std::move(entry));
+    return {};
+  }
   settle(param);
   if (static_cast<int64_t>(entry.grad.nbytes()) < queue_below_ && !is_watched(param) &&
       autograd::get_current_graph_task_id() >= 0) {
@@ -505,22 +574,41 @@ std::shared_ptr<GradHooks::Backward> GradHooks::backward_under_way() {
       [self = shared_from_this(), backward]() mutable {
         const auto hooks = std::move(self);
         const auto finished = std::move(backward);
-        const Lock lock(*hooks);
-        hooks->finish(*finished);
+        std::function<void()> at_end;
+        {
+          const Lock lock(*hooks);
+          hooks->finish(*finished);
+          at_end = hooks->at_end_;
+        }
+        if (at_end) at_end();
       });
   return backward;
 }
 
 // Its last additions are launched, and the current stream waits for all of them.
 void GradHooks::finish(Backward& backward) {
+  if (is_holding_) return keep(backward);
   flush(backward);
   if (backward.beside.empty()) return;
   order(*beside_, *current_stream(device_));
   while (!backward.beside.empty()) backward.wait_for_oldest(retired_);
 }
 
+// The stream of the caller has waited for those on which the gradients were made.
+void GradHooks::keep(Backward& backward) {
+  const auto stream = current_stream(device_);
+  if (stream)
+    for (const Entry& entry : backward.entries) entry.grad.record_stream(*stream);
+  if (!backward.entries.empty())
+    held_.push_back({backward.graph_task, std::exchange(backward.entries, {})});
+}
+
 void GradHooks::enqueue(Entry entry) {
   const auto backward = backward_under_way();
+  if (is_holding_) {
+    backward->entries.push_back(std::move(entry));
+    return;
+  }
   const auto stream = current_stream(device_);
   if (backward->stream != stream) flush(*backward);
   backward->stream = stream;
@@ -596,6 +684,7 @@ bool GradHooks::add(int64_t index, c10::function_ref<bool(const MainGrad&)> add)
   if (removed_) return false;
   if (!param.variable.requires_grad()) return true;  // frozen since forward, as in consume
   follow_uses();
+  if (at_end_) backward_under_way();
   settle(param);
   const auto here = current_stream(device_);
   const auto home = here && param.node ? param.node->stream() : here;

@@ -10,6 +10,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -89,9 +90,19 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   // How many backwards have added to what the window has summed. It begins where `.grad` is none,
   // and with the first gradient after end_window.
   int64_t micro_batches(int64_t index);
+  int64_t most_micro_batches();  // of any parameter
   void end_window();
   // Makes the window one that has summed this, or none, in so many micro-batches.
   void load(int64_t index, const std::optional<at::Tensor>& sum, int64_t micro_batches);
+
+  // Has every backward that had a gradient for us call this at its end.
+  void call_at_end(std::function<void()> call);
+  // From now on gradients wait, after the backward that brought them has ended, until they are
+  // committed or dropped together. A backward that raises leaves none. Not with fused modules.
+  void hold();
+  std::vector<at::Tensor> held();
+  void commit_held();
+  void drop_held();
 
   // For fused modules. What the backward under way does with a gradient that it sends along `edge`,
   // which leads to the AccumulateGrad node of a parameter of `hooks`, or of any, where that is
@@ -140,6 +151,12 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
     at::Tensor grad;  // in the layout of main
   };
 
+  // The gradients that one backward has brought.
+  struct Held {
+    int graph_task;
+    std::vector<Entry> entries;
+  };
+
   // Returns what is left for AccumulateGrad: nothing, unless the gradient is not for us.
   at::Tensor consume(int64_t index, const at::Tensor& grad);
   void install(int64_t index);
@@ -160,6 +177,7 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   std::shared_ptr<Backward> backward_under_way();
   void enqueue(Entry entry);
   void flush(Backward& backward);
+  void keep(Backward& backward);
   void hand_back(const std::vector<Entry>& entries);
   void finish(Backward& backward);
 
@@ -187,6 +205,9 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   std::optional<c10::Stream> factor_stream_;
   bool is_inv_scale_used_ = false;
   bool is_captured_without_ = false;  // a graph without inv_scale
+  std::function<void()> at_end_;
+  bool is_holding_ = false;
+  std::vector<Held> held_;
 };
 
 }  // namespace gradacc

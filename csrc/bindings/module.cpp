@@ -15,6 +15,10 @@
 #include "wgrad_choice.h"
 #endif
 
+#include <functional>
+#include <memory>
+#include <utility>
+
 namespace gradacc {
 namespace {
 
@@ -48,6 +52,19 @@ std::vector<int64_t> count_uses_of(const std::vector<at::Tensor>& params) {
 void deliver_to(const at::Tensor& param, std::optional<at::ScalarType> dtype) {
   if (const auto leaf = torch::autograd::impl::try_get_grad_accumulator(param))
     deliver_in(*leaf, dtype);
+}
+
+// A call of a Python object by a thread that does not hold the GIL, which may also drop it.
+std::function<void()> with_gil(pybind11::object call) {
+  const std::shared_ptr<pybind11::object> shared(new pybind11::object(std::move(call)),
+                                                 [](pybind11::object* object) {
+                                                   const pybind11::gil_scoped_acquire gil;
+                                                   delete object;
+                                                 });
+  return [shared] {
+    const pybind11::gil_scoped_acquire gil;
+    (*shared)();
+  };
 }
 
 }  // namespace
@@ -114,7 +131,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("statistics_valid", &GradHooks::statistics_valid, NoGil())
       .def("current", &GradHooks::current, NoGil())
       .def("micro_batches", &GradHooks::micro_batches, NoGil())
+      .def("most_micro_batches", &GradHooks::most_micro_batches, NoGil())
       .def("end_window", &GradHooks::end_window, NoGil())
+      .def("call_at_end",
+           [](GradHooks& hooks, py::object call) {
+             auto at_end = gradacc::with_gil(std::move(call));
+             const py::gil_scoped_release no_gil;
+             hooks.call_at_end(std::move(at_end));
+           })
+      .def("hold", &GradHooks::hold, NoGil())
+      .def("held", &GradHooks::held, NoGil())
+      .def("commit_held", &GradHooks::commit_held, NoGil())
+      .def("drop_held", &GradHooks::drop_held, NoGil())
       .def("load", &GradHooks::load, NoGil());
 
   py::class_<ParameterWatch>(m, "ParameterWatch")
