@@ -5,6 +5,9 @@
 //   add:    main = fma(float(grad), s, main)
 //   store:  main = float(grad) * s
 //
+// Where s is 0 the gradient is not used, whatever it holds: adding leaves main's bits, storing
+// writes +0.
+//
 // A tensor is cut into chunks of kChunkSize elements. Each chunk owns one slot of `partials`, which
 // every pass overwrites with the sum of squares of the chunk's new main gradient, or with NaN when
 // one of its elements is not finite. A sum of finite squares that overflows is inf, never NaN.
@@ -160,8 +163,8 @@ int accumulate(const Accumulation* items, int64_t count, float scale, const floa
 int sum_of_squares(const Squares* items, int64_t count, Stream stream);
 // factor: a device scalar. No memory is touched when it is 1.
 int scale(const Scaling* items, int64_t count, const float* factor, Stream stream);
-// scalars[0..2] = {scale * inv_scale, 0, 1}; inv_scale may be null.
-int prepare_scalars(float scale, const float* inv_scale, float* scalars, Stream stream);
+// *s = scale * inv_scale; inv_scale may be null.
+int prepare_factor(float scale, const float* inv_scale, float* s, Stream stream);
 // sums[i] = sum of items[i]'s slots.
 int reduce(const Slots* items, int64_t count, float* sums, Stream stream);
 // norm = sqrt(sum of sums[0..count)); found_inf = 1 when that is NaN, else 0.

@@ -5,10 +5,11 @@ One formula on every backend, with s = float32(scale) * inv_scale, rounded once:
     add    main = fma(float(grad), s, main)
     store  main = float(grad) * s
 
-The same inputs give the same bits on each run, and on each backend where ``grad`` is a tensor. Two
-ops compute it on the way, as sums over tokens: the same bits on each run, within a bound on each
-backend. Nothing here waits for the device. Each wrapper takes ``backend``: ``"auto"``, ``"cuda"``,
-``"triton"``, ``"cpu"`` or ``"reference"`` (see :mod:`gradacc_kernels.dispatch`).
+Where s is 0 the gradient is not used, whatever it holds: adding leaves main's bits, storing writes
++0. The same inputs give the same bits on each run, and on each backend where ``grad`` is a tensor.
+Two ops compute it on the way, as sums over tokens: the same bits on each run, within a bound on
+each backend. Nothing here waits for the device. Each wrapper takes ``backend``: ``"auto"``,
+``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"`` (see :mod:`gradacc_kernels.dispatch`).
 """
 
 from __future__ import annotations
@@ -219,6 +220,8 @@ def accumulate_(
 ) -> Tensor:
     """Adds a micro-batch gradient: main_grad = fma(float(grad), scale * inv_scale, main_grad).
 
+    Where scale * inv_scale is 0 the gradient is not used, not even its NaNs.
+
     Moves 10 bytes per element with a 16-bit gradient (6 to store); an expanded, strided or sparse
     gradient is copied into main_grad's layout first.
 
@@ -365,7 +368,8 @@ def wgrad_accumulate_(
     """Adds a Linear's weight gradient: main += s * sum over t of grad_output[t, o] * input[t, i].
 
     One matrix product with a float32 result, s = scale * inv_scale, and no gradient in 16 bits on
-    the way. Moves 8 bytes per element of main_grad (4 to store) and reads the two operands.
+    the way. Where s is 0 the product is not used, not even its NaNs. Moves 8 bytes per element of
+    main_grad (4 to store) and reads the two operands.
 
     The products are summed in float32 in an order of each backend's own, the same on each run, so
     with T tokens an element lies within (T + 2) * 2^-23 * (sum of its terms' absolute values) of
@@ -428,7 +432,8 @@ def embedding_accumulate_(
     """Adds an embedding's gradient: main[v] += s * sum of grad_output[t] where indices[t] == v.
 
     Touches the rows that were looked up and no others: 8 bytes per element of such a row, and one
-    read of grad_output. A store also writes zeros to all other rows. s = scale * inv_scale.
+    read of grad_output. A store also writes zeros to all other rows. s = scale * inv_scale; where
+    it is 0 the gradient is not used, not even its NaNs.
 
     The gradients of a row are summed in float32 in the order of their tokens, many of them in
     pieces; one fma adds the sum to the row. No atomics: the same bits on each run.

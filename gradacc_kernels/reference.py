@@ -69,9 +69,11 @@ def _factor(main, scale, inv_scale):
 
 
 def _new_main(main, grad, s, store):
+    """Computes fma(grad, s, main), or grad * s; where s is 0 the gradient is not used."""
     if store:
-        return grad * s
-    return main + grad * s if main.dtype == torch.float64 else fma(grad, s, main)
+        return (grad * s).masked_fill(s == 0, 0.0)
+    total = main + grad * s if main.dtype == torch.float64 else fma(grad, s, main)
+    return torch.where(s == 0, main, total)
 
 
 def _accumulate(main, grad, scale, inv_scale, store, partials):

@@ -68,6 +68,18 @@ def _scaled(scale, inv_scale_ptr, HAS_INV_SCALE: tl.constexpr):
 
 
 @triton.jit
+def _added(main, grad, s):
+    """fma(grad, s, main); main where s is 0, for 0 * NaN is NaN."""
+    return tl.where(s == 0.0, main, tl.fma(grad, s, main))
+
+
+@triton.jit
+def _stored(grad, s):
+    """grad * s; 0 where s is 0."""
+    return tl.where(s == 0.0, 0.0, grad * s)
+
+
+@triton.jit
 def _accumulate_kernel(
     main_ptr,
     grad_ptr,
@@ -87,9 +99,9 @@ def _accumulate_kernel(
     s = _scaled(scale, inv_scale_ptr, HAS_INV_SCALE)
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if STORE:
-        main = grad * s
+        main = _stored(grad, s)
     else:
-        main = tl.fma(grad, s, tl.load(main_ptr + offsets, mask=mask, other=0.0))
+        main = _added(tl.load(main_ptr + offsets, mask=mask, other=0.0), grad, s)
     tl.store(main_ptr + offsets, main, mask=mask)
     if HAS_PARTIALS:
         tl.store(partials_ptr + chunk, _square_sum(main, mask))
@@ -123,9 +135,9 @@ def _multi_accumulate_kernel(
     s = _scaled(scale, inv_scale_ptr, HAS_INV_SCALE)
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if tl.load(row_ptr + 4) != 0:
-        main = grad * s
+        main = _stored(grad, s)
     else:
-        main = tl.fma(grad, s, tl.load(main_ptr + offsets, mask=mask, other=0.0))
+        main = _added(tl.load(main_ptr + offsets, mask=mask, other=0.0), grad, s)
     tl.store(main_ptr + offsets, main, mask=mask)
     if HAS_PARTIALS:
         partials_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(tl.float32))
@@ -384,12 +396,12 @@ def _wgrad_kernel(
     row_offsets = (group.to(tl.int64) * out_features + rows) * in_features
     offsets = row_offsets[:, None] + columns[None, :]
     if STORE:
-        new = total * s
+        new = _stored(total, s)
     elif IS_DESCRIPTOR:
         old = main.load([group, o, i]).reshape(TILE_O, TILE_I)
-        new = tl.fma(total, s, old)
+        new = _added(old, total, s)
     else:
-        new = tl.fma(total, s, tl.load(main + offsets, mask=mask, other=0.0))
+        new = _added(tl.load(main + offsets, mask=mask, other=0.0), total, s)
     if IS_DESCRIPTOR:
         main.store([group, o, i], new.reshape(1, TILE_O, TILE_I))
     else:
@@ -415,9 +427,9 @@ def _store_rows(main_ptr, row, columns, mask, total, s, width, STORE: tl.constex
     """main[row] = fma(total, s, main[row]), or total * s."""
     main_ptrs = main_ptr + row.to(tl.int64) * width + columns
     if STORE:
-        new = total * s
+        new = _stored(total, s)
     else:
-        new = tl.fma(total, s, tl.load(main_ptrs, mask=mask, other=0.0))
+        new = _added(tl.load(main_ptrs, mask=mask, other=0.0), total, s)
     tl.store(main_ptrs, new, mask=mask)
 
 

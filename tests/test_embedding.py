@@ -8,6 +8,7 @@ import sys
 import oracle
 import pytest
 import torch
+from factor_cases import TINY_FACTORS, ZERO_FACTORS, delicate, poisoned
 from test_checks import GRAD_DTYPES, MAIN_DTYPES, assert_refused, cases
 
 from gradacc_kernels import dispatch, ops
@@ -403,6 +404,42 @@ def test_finite_elements_are_never_called_infinite(backend):
     new = embedding(main, grads, indices, backend, partials=slots)
     assert new.isfinite().all()
     assert slots.isinf().sum() == 2 and not slots.isnan().any()
+
+
+# --- a factor of 0
+
+
+@pytest.mark.parametrize("store", [False, True], ids=["add", "store"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_factor_of_0_leaves_the_gradient_out(backend, dtype, store):
+    """Of runs within a block of the sorted tokens, and of those that cross blocks."""
+    for lengths, factor in itertools.product(((2, 1, 3), (63, 1, 65, 130)), ZERO_FACTORS):
+        indices = runs_of(*lengths)
+        grads = poisoned((len(indices), CHUNK), dtype)
+        main = delicate((len(lengths) + 1, CHUNK))
+        slots = torch.full((len(main),), 7.0, device=backend.device)
+        new = embedding(main, grads, indices, backend, store=store, partials=slots, **factor)
+        expected = torch.zeros_like(main) if store else main
+        oracle.assert_same_bits(new, expected)
+        exact = oracle.square_sums(expected.view(-1), CHUNK)
+        assert slots[0].isnan() if math.isinf(exact[0]) else slots[0] == exact[0]
+        assert all(
+            oracle.is_square_sum(slot, e, CHUNK)
+            for slot, e in zip(slots.tolist()[1:-1], exact[1:-1], strict=True)
+        )
+        assert slots[-1] == (0 if store else 7)  # of a row that nobody looked up
+
+
+@pytest.mark.parametrize("store", [False, True], ids=["add", "store"])
+@pytest.mark.parametrize("factor", TINY_FACTORS, ids=str)
+def test_any_other_factor_lets_nan_through(backend, factor, store):
+    for lengths in ((1, 1), (3, 130)):
+        main, grads, indices = arguments(3, 40, runs_of(*lengths))
+        grads[(indices == 1).nonzero()[0], 5] = math.nan
+        new = embedding(main, grads, indices, backend, store=store, **factor)
+        is_bad = torch.zeros(main.shape, dtype=torch.bool)
+        is_bad[1, 5] = True
+        assert torch.equal(new.isnan(), is_bad)
 
 
 # --- what it refuses

@@ -317,7 +317,7 @@ def test_a_loss_scale_from_some_micro_batch_on():
 @pytest.mark.parametrize("store", [False, True], ids=["add", "store"])
 @pytest.mark.parametrize("shape", [(2048, 1024), (1024, 2112)])
 def test_many_tokens(shape, store, scale):
-    """Where the rule leaves our kernels for cuBLASLt's, whose scalars are the host's or not."""
+    """Where the rule leaves our kernels for cuBLASLt's, by a factor of the host's or not."""
     torch.manual_seed(0)
     main = torch.randn(shape, device="cuda")
     dy, x = (torch.randn(1536, n, device="cuda").bfloat16() for n in shape)

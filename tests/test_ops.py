@@ -6,6 +6,7 @@ import math
 import oracle
 import pytest
 import torch
+from factor_cases import TINY_FACTORS, ZERO_FACTORS, bit_patterns, delicate, poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,13 +47,6 @@ def assert_as_reference(backend, main, grad, **options):
         grad = grad.masked_fill(grad.abs() < torch.finfo(grad.dtype).tiny, 0)
     actual = accumulated(main, grad, backend.name, backend.device, **options)
     oracle.assert_same_bits(actual, accumulated(main, grad, **options))
-
-
-def bit_patterns(n, dtype=torch.float32):
-    """Random bits: every kind of float among them."""
-    if dtype == torch.float32:
-        return torch.randint(-(2**31), 2**31, (n,)).int().view(dtype)
-    return torch.randint(-(2**15), 2**15, (n,)).short().view(dtype)
 
 
 def all_patterns(dtype):
@@ -146,6 +140,83 @@ def test_special_values_meet_special_values(other_backend, dtype):
     any_scale += () if other_backend.is_interpreted else (1e-38, 1e-45)
     for scale, store in itertools.product((0.0, 1.0, -1.0, *any_scale), (False, True)):
         assert_as_reference(other_backend, main, grad, scale=scale, store=store)
+
+
+# --- a factor of 0
+
+
+def assert_slots(slots, main):
+    for slot, exact in zip(slots.tolist(), oracle.square_sums(main, CHUNK), strict=True):
+        assert math.isnan(slot) if math.isinf(exact) else oracle.is_square_sum(slot, exact, CHUNK)
+
+
+@pytest.mark.parametrize("store", [False, True], ids=["add", "store"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_factor_of_0_leaves_the_gradient_out(backend, dtype, store):
+    for n, factor in itertools.product((1, 33, CHUNK, 2 * CHUNK + 5), ZERO_FACTORS):
+        main, grad = delicate((n,)), poisoned((n,), dtype)
+        slots = torch.full((ops.num_chunks(n),), 7.0, device=backend.device)
+        new = accumulated(
+            main, grad, backend.name, backend.device, store=store, partials=slots, **factor
+        )
+        expected = torch.zeros_like(main) if store else main
+        oracle.assert_same_bits(new, expected)
+        assert_slots(slots, expected)
+
+
+@pytest.mark.parametrize("factor", ZERO_FACTORS, ids=str)
+def test_factor_of_0_leaves_the_gradients_of_a_list_out(backend, factor):
+    sizes = (1, 7, 33, CHUNK + 1, 2 * CHUNK + 5)
+    # One element further than vectors begin.
+    mains = [torch.cat([torch.zeros(1), delicate((n,))])[1:] for n in sizes]
+    grads = [poisoned((n + 1,), DTYPES[i % 3])[1:] for i, n in enumerate(sizes)]
+    stores = [i % 2 == 1 for i in range(len(sizes))]
+    expected = [
+        torch.zeros_like(main) if store else main.clone()
+        for main, store in zip(mains, stores, strict=True)
+    ]
+    actual = [main.to(backend.device) for main in mains]
+    slots = [torch.full((ops.num_chunks(n),), 7.0, device=backend.device) for n in sizes]
+    inv_scale = factor.get("inv_scale")
+    ops.multi_accumulate_(
+        actual,
+        [grad.to(backend.device) for grad in grads],
+        scale=factor.get("scale", 1.0),
+        inv_scale=None if inv_scale is None else scalar(inv_scale, backend),
+        stores=stores,
+        partials=slots,
+        backend=backend.name,
+    )
+    for got, want, sums in zip(actual, expected, slots, strict=True):
+        oracle.assert_same_bits(got, want)
+        assert_slots(sums, want)
+
+
+@pytest.mark.parametrize("store", [False, True], ids=["add", "store"])
+@pytest.mark.parametrize("factor", TINY_FACTORS, ids=str)
+def test_any_other_factor_lets_nan_through(backend, factor, store):
+    for dtype in DTYPES:
+        main, grad = torch.randn(CHUNK + 5), torch.randn(CHUNK + 5).to(dtype)
+        grad[3::7] = math.nan
+        slots = torch.zeros(2, device=backend.device)
+        new = accumulated(
+            main, grad, backend.name, backend.device, store=store, partials=slots, **factor
+        )
+        assert torch.equal(new.isnan(), grad.isnan())
+        assert slots.isnan().tolist() == [True, True]
+
+
+@pytest.mark.parametrize("store", [False, True], ids=["add", "store"])
+def test_factor_of_0_in_float64(store):
+    main, grad = delicate((40,)).double(), poisoned((40,), torch.float32)
+    for inv_scale in (None, torch.tensor(0.0)):
+        new = main.clone()
+        ops.accumulate_(new, grad, scale=0.0, inv_scale=inv_scale, store=store)
+        expected = torch.zeros_like(main) if store else main
+        assert torch.equal(new.view(torch.int64), expected.view(torch.int64))
+
+
+# --- instruction sets and layouts
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])

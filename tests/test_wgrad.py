@@ -6,6 +6,7 @@ import math
 import oracle
 import pytest
 import torch
+from factor_cases import TINY_FACTORS, ZERO_FACTORS, delicate, poisoned
 from test_checks import GRAD_DTYPES, MAIN_DTYPES, assert_refused, cases
 
 from gradacc_kernels import dispatch, ops
@@ -457,6 +458,55 @@ def test_sum_that_overflows_on_the_way_in(backend):
     assert new.isfinite().all() and not slots.isnan().any()
 
 
+# --- a factor of 0
+
+
+def assert_left_out(args, backend, *, store, **options):
+    """The operands are not used: the bits of main stay, or are 0, and the slots describe them."""
+    new, slots = slots_after(args, backend, store=store, **options)
+    expected = torch.zeros_like(args[0]) if store else args[0]
+    oracle.assert_same_bits(new, expected)
+    exact = float(expected.double().square().sum())
+    total = float(slots.double().sum())
+    assert (
+        math.isnan(total)
+        if math.isinf(exact)
+        else oracle.is_square_sum(total, exact, expected.numel())
+    )
+
+
+@pytest.mark.parametrize("store", [False, True], ids=["add", "store"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_factor_of_0_leaves_the_product_out(backend, dtype, store):
+    for (o, i), tokens, factor in itertools.product(((72, 136), (33, 7)), (1, 70), ZERO_FACTORS):
+        x, y = poisoned((tokens, o), dtype), poisoned((tokens, i), dtype)
+        for main in (delicate((o, i)), torch.randn(o, i)):
+            assert_left_out((main, x, y), backend, store=store, **factor)
+
+
+@pytest.mark.parametrize("store", [False, True], ids=["add", "store"])
+@pytest.mark.parametrize("factor", ZERO_FACTORS, ids=str)
+def test_factor_of_0_leaves_the_products_of_several_weights_out(backend, factor, store):
+    for dtype, (o, i) in itertools.product(DTYPES, ((72, 136), (5, 7))):
+        main, x, y = delicate((3, o, i)), poisoned((90, o), dtype), poisoned((90, i), dtype)
+        batch = x.view(3, 30, o), y.view(3, 30, i)
+        assert_left_out((main, *batch), backend, store=store, **factor)
+        options = {"store": store, "offsets": ends_of(9, 0, 70), **factor}
+        assert_left_out((main, x, y), backend, **options)
+
+
+@pytest.mark.parametrize("store", [False, True], ids=["add", "store"])
+@pytest.mark.parametrize("factor", TINY_FACTORS, ids=str)
+def test_any_other_factor_lets_nan_through(backend, factor, store):
+    main, x, y = arguments(70, 72, 136)
+    y[5, 1] = math.nan
+    new, slots = slots_after((main, x, y), backend, store=store, **factor)
+    is_bad = torch.zeros(main.shape, dtype=torch.bool)
+    is_bad[:, 1] = True
+    assert torch.equal(new.isnan(), is_bad)
+    assert slots.isnan().any()
+
+
 # --- what it refuses
 
 
@@ -800,6 +850,45 @@ def test_captured_calls_replay_as_eager(cuda_backend):
         graph.replay()
         for got, want in zip(written, expected, strict=True):
             oracle.assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("store", [False, True], ids=["add", "store"])
+def test_factor_that_only_the_device_knows(cuda_backend, store):
+    """Sizes that take each kernel, and several products where they are too large for one."""
+    for tokens, shape, dtype in (
+        (64, (4096, 4096), torch.bfloat16),
+        (300, (1024, 2056), torch.float16),
+        (40, (640, 640), torch.bfloat16),
+        (40, (2500, 4100), torch.bfloat16),
+        (9, (2500, 4100), torch.float32),
+        (9, (20, 700, 700), torch.float16),
+    ):
+        *batch, o, i = shape
+        main, x, y = torch.randn(shape), *(torch.randn(*batch, tokens, n) for n in (o, i))
+        args = main, x.to(dtype), y.to(dtype)
+        assert_right(cuda_backend, args, store=store, scale=0.37, inv_scale=3.0)
+        x, y = (poisoned(values.shape, dtype) for values in args[1:])
+        for factor in ZERO_FACTORS:
+            assert_left_out((delicate(shape), x, y), cuda_backend, store=store, **factor)
+
+
+def test_replay_follows_the_factor(cuda_backend):
+    """A factor that becomes 0 leaves a captured call's operands out."""
+    main = delicate((72, 136)).cuda()
+    x, y = (torch.ones(70, n, dtype=torch.bfloat16, device="cuda") for n in main.shape)
+    inv_scale = torch.ones((), device="cuda")
+    call = {"inv_scale": inv_scale, "backend": cuda_backend.name}
+    ops.wgrad_accumulate_(main, x, y, **call)  # Triton compiles at the first call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.wgrad_accumulate_(main, x, y, **call)
+    main.copy_(delicate(main.shape))
+    for factor, value in ((0.0, math.nan), (0.5, 1.0), (0.0, math.inf)):
+        before = main.clone()
+        inv_scale.fill_(factor)
+        x.fill_(value)
+        graph.replay()
+        oracle.assert_same_bits(main, before + 35 if factor else before)
 
 
 def test_large_weights(cuda_backend):

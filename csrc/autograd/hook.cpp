@@ -719,7 +719,7 @@ bool GradHooks::add_beside(int64_t index, std::vector<at::Tensor> reads,
       }
       param.backward = backward;
       param.is_beside = true;
-      if (prepared.scalars) reads.push_back(scalars_);
+      if (prepared.inv_scale) reads.push_back(prepared_);
       int64_t bytes = 0;
       for (const at::Tensor& tensor : reads) bytes += static_cast<int64_t>(tensor.nbytes());
       c10::Event done(device_.type());
@@ -750,18 +750,17 @@ void GradHooks::write(Param& param, c10::function_ref<bool(const MainGrad&)> add
 const Factor& GradHooks::factor() {
   if (!is_inv_scale_used_) {
     is_captured_without_ = is_captured_without_ || backend_.capture_id(device_) != 0;
-    factor_ = {scale_, nullptr, nullptr};
+    factor_ = {scale_, nullptr};
     return factor_;
   }
   const int task = autograd::get_current_graph_task_id();
   const auto stream = current_stream(device_);
   if (task < 0 || task != factor_task_ || stream != factor_stream_) {
     // New memory, for a graph capture's belongs to the graph.
-    scalars_ = at::empty({3}, inv_scale_.options());
-    auto* scalars = static_cast<float*>(scalars_.data_ptr());
-    backend_.prepare({scale_, static_cast<const float*>(inv_scale_.const_data_ptr())}, scalars,
-                     device_);
-    factor_ = {1.f, scalars, scalars};
+    prepared_ = at::empty({}, inv_scale_.options());
+    auto* s = static_cast<float*>(prepared_.data_ptr());
+    backend_.prepare({scale_, static_cast<const float*>(inv_scale_.const_data_ptr())}, s, device_);
+    factor_ = {1.f, s};
     factor_task_ = task;
     factor_stream_ = stream;
   }

@@ -200,7 +200,7 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   SharedInput shared_input_;
   std::optional<c10::Stream> beside_;  // made at its first use
   Factor factor_;                      // of the backward and stream below
-  at::Tensor scalars_;                 // its memory
+  at::Tensor prepared_;                // its memory
   int factor_task_ = -1;
   std::optional<c10::Stream> factor_stream_;
   bool is_inv_scale_used_ = false;

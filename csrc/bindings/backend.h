@@ -15,9 +15,6 @@ namespace gradacc {
 struct Factor {
   float scale = 1.f;
   const float* inv_scale = nullptr;  // device scalar, or null for 1
-  // Device memory of {s, 0, 1}, for libraries that take their scalars by address; null where nobody
-  // has prepared it. With it, scale is 1 and inv_scale points to s.
-  const float* scalars = nullptr;
 };
 
 // Pointers are memory of `device`; a CUDA backend launches on the device's current stream and
@@ -39,8 +36,8 @@ struct Backend {
   // How many processors a weight gradient of so many elements should take beside the rest of
   // backward; 0: it should take its turn.
   int (*processors_beside)(int64_t elements, int64_t tokens, at::Device device);
-  // scalars[0..2] = {scale * inv_scale, 0, 1}.
-  void (*prepare)(const Factor& factor, float* scalars, at::Device device);
+  // *s = scale * inv_scale.
+  void (*prepare)(const Factor& factor, float* s, at::Device device);
   // Identifies the graph capture that the current stream is in; 0 outside of one.
   uint64_t (*capture_id)(at::Device device);
   // Raises where an index is out of range, before anything is written; a GPU traps instead.

@@ -62,10 +62,8 @@ void reduce(const std::vector<Slots>& items, float* sums, float* norm, float* fo
   *found_inf = std::isnan(total) ? 1.f : 0.f;
 }
 
-void prepare(const Factor& factor, float* scalars, at::Device) {
-  scalars[0] = factor.inv_scale ? factor.scale * *factor.inv_scale : factor.scale;
-  scalars[1] = 0.f;
-  scalars[2] = 1.f;
+void prepare(const Factor& factor, float* s, at::Device) {
+  *s = factor.inv_scale ? factor.scale * *factor.inv_scale : factor.scale;
 }
 
 void embedding(const EmbeddingGrad& item, float scale, const float* inv_scale, at::Device) {

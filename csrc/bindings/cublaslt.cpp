@@ -77,7 +77,7 @@ uint32_t alignment_of(const void* pointer) {
 
 // What an algorithm depends on.
 using Key = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                       int32_t, int32_t, bool, bool, bool, std::array<uint32_t, 3>>;
+                       int32_t, int32_t, bool, bool, std::array<uint32_t, 3>>;
 using Algorithms = std::vector<cublasLtMatmulHeuristicResult_t>;
 
 struct Matmul {
@@ -114,7 +114,7 @@ cublasLtHandle_t handle_of(at::Device device) {
   return handle;
 }
 
-Matmul describe(const WeightGrad& p, bool is_tf32_allowed, bool are_on_host) {
+Matmul describe(const WeightGrad& p, bool is_tf32_allowed) {
   const auto type = data_type(p.type);
   const bool is_tf32 = p.type == GradType::kFloat32 && is_tf32_allowed;
   cublasLtMatmulDesc_t operation;
@@ -130,11 +130,8 @@ Matmul describe(const WeightGrad& p, bool is_tf32_allowed, bool are_on_host) {
                   p.out_features * p.in_features),
       {}};
   const cublasOperation_t transpose = CUBLAS_OP_T;
-  const cublasLtPointerMode_t mode =
-      are_on_host ? CUBLASLT_POINTER_MODE_HOST : CUBLASLT_POINTER_MODE_DEVICE;
   cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_TRANSB, &transpose,
                                  sizeof(transpose));
-  cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_POINTER_MODE, &mode, sizeof(mode));
   const auto processors = static_cast<int32_t>(p.processors);
   cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, &processors,
                                  sizeof(processors));
@@ -191,13 +188,12 @@ size_t find_pingpong(const Algorithms& algorithms, int64_t elements) {
 // The description of a product with its algorithms, made once for a key.
 std::shared_ptr<const Matmul> find_matmul(const WeightGrad& p, const Key& key,
                                           const std::array<uint32_t, 3>& alignments,
-                                          bool is_tf32_allowed, bool are_on_host,
-                                          cublasLtHandle_t handle) {
+                                          bool is_tf32_allowed, cublasLtHandle_t handle) {
   Cache& known = cache();
   const std::lock_guard<std::mutex> lock(known.mutex);
   const auto found = known.entries.find(key);
   if (found != known.entries.end()) return found->second;
-  auto matmul = std::make_shared<Matmul>(describe(p, is_tf32_allowed, are_on_host));
+  auto matmul = std::make_shared<Matmul>(describe(p, is_tf32_allowed));
   matmul->algorithms = find_algorithms(*matmul, alignments, handle);
   if (known.entries.size() >= Cache::kMaxEntries) known.entries.clear();
   known.entries.emplace(key, matmul);
@@ -208,8 +204,7 @@ std::shared_ptr<const Matmul> find_matmul(const WeightGrad& p, const Key& key,
 
 int64_t cublaslt_version() { return static_cast<int64_t>(cublasLtGetVersion()); }
 
-void cublaslt_weight_grad(const WeightGrad& p, const float* scalars, bool are_on_host,
-                          int algorithm, at::Device device) {
+void cublaslt_weight_grad(const WeightGrad& p, float s, int algorithm, at::Device device) {
   const bool is_tf32_allowed = at::globalContext().allowTF32CuBLAS();
   const std::array<uint32_t, 3> alignments{alignment_of(p.input), alignment_of(p.grad_output),
                                            alignment_of(p.main)};
@@ -226,10 +221,9 @@ void cublaslt_weight_grad(const WeightGrad& p, const float* scalars, bool are_on
                 p.processors,
                 p.store,
                 is_tf32_allowed,
-                are_on_host,
                 alignments};
   const auto handle = handle_of(device);
-  const auto matmul = find_matmul(p, key, alignments, is_tf32_allowed, are_on_host, handle);
+  const auto matmul = find_matmul(p, key, alignments, is_tf32_allowed, handle);
   const Algorithms& algorithms = matmul->algorithms;
   size_t rank = algorithm == kCublasLtPingpong
                     ? find_pingpong(algorithms, p.batch * p.out_features * p.in_features)
@@ -238,11 +232,11 @@ void cublaslt_weight_grad(const WeightGrad& p, const float* scalars, bool are_on
   const auto& chosen = algorithms[rank];
   const auto workspace = at::empty({static_cast<int64_t>(chosen.workspaceSize)},
                                    at::TensorOptions().dtype(at::kByte).device(device));
-  check(cublasLtMatmul(handle, matmul->operation.get(), scalars, p.input, matmul->input.get(),
-                       p.grad_output, matmul->grad_output.get(), scalars + (p.store ? 1 : 2),
-                       p.main, matmul->main.get(), p.main, matmul->main.get(), &chosen.algo,
-                       workspace.mutable_data_ptr(), chosen.workspaceSize,
-                       at::cuda::getCurrentCUDAStream()),
+  const float beta = p.store ? 0.f : 1.f;
+  check(cublasLtMatmul(handle, matmul->operation.get(), &s, p.input, matmul->input.get(),
+                       p.grad_output, matmul->grad_output.get(), &beta, p.main, matmul->main.get(),
+                       p.main, matmul->main.get(), &chosen.algo, workspace.mutable_data_ptr(),
+                       chosen.workspaceSize, at::cuda::getCurrentCUDAStream()),
         "cublasLtMatmul");
 }
 

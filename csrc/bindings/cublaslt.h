@@ -16,10 +16,10 @@ constexpr int kCublasLtPingpong = kCublasLtAlgorithms;
 
 int64_t cublaslt_version();
 
-// main (+)= s * grad_outputᵀ input on the current stream, without statistics. scalars: {s, 0, 1},
-// in device memory or, where `are_on_host`, in the host's: then its kernels know that they add, and
-// are up to a fifth faster. `algorithm` is cuBLASLt's rank; the first one where it has fewer.
-void cublaslt_weight_grad(const WeightGrad& problem, const float* scalars, bool are_on_host,
-                          int algorithm, at::Device device);
+// main (+)= s * grad_outputᵀ input on the current stream, without statistics; s is not 0, for of
+// that cuBLASLt does not say whether it makes NaN of NaN. A number of the host's: then its kernels
+// know whether they add, and are up to a fifth faster. `algorithm` is cuBLASLt's rank; the first
+// one where it has fewer.
+void cublaslt_weight_grad(const WeightGrad& problem, float s, int algorithm, at::Device device);
 
 }  // namespace gradacc

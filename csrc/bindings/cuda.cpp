@@ -54,11 +54,10 @@ void embedding(const EmbeddingGrad& item, float scale, const float* inv_scale, a
         "embedding");
 }
 
-void prepare(const Factor& factor, float* scalars, at::Device device) {
+void prepare(const Factor& factor, float* s, at::Device device) {
   const c10::cuda::CUDAGuard guard(device);
-  check(cuda::prepare_scalars(factor.scale, factor.inv_scale, scalars,
-                              c10::cuda::getCurrentCUDAStream()),
-        "prepare_scalars");
+  check(cuda::prepare_factor(factor.scale, factor.inv_scale, s, c10::cuda::getCurrentCUDAStream()),
+        "prepare_factor");
 }
 
 uint64_t capture_id(at::Device device) {

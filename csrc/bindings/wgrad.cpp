@@ -111,8 +111,12 @@ bool cpu_weight_grad(const at::Tensor& main, const at::Tensor& grad_output, cons
                      const std::optional<at::Tensor>& offsets, const Factor& factor, bool store,
                      float*, int) {
   const double s = factor.inv_scale ? factor.scale * *factor.inv_scale : factor.scale;
-  const auto left = grad_output.to(at::kFloat), right = input.to(at::kFloat);
   at::Tensor out = main;
+  if (s == 0) {
+    if (store) out.zero_();
+    return false;
+  }
+  const auto left = grad_output.to(at::kFloat), right = input.to(at::kFloat);
   const auto add = [&](at::Tensor target, const at::Tensor& a, const at::Tensor& b) {
     at::addmm_out(target, target, a.t(), b, store ? 0 : 1, s);
   };

@@ -5,6 +5,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <algorithm>
+
 #include "../cuda/wgrad_cutlass.h"
 #include "cublaslt.h"
 #include "layout.h"
@@ -42,6 +44,36 @@ void grouped(const at::Tensor& main, const at::Tensor& grad_output, const at::Te
           "triton");
 }
 
+// A factor that only the device knows may be 0, and cuBLASLt does not say what it makes of a NaN
+// then. So it gets none: it stores the product, in pieces that stay in L2, for our kernel to add.
+void by_product(const WeightGrad& p, const Factor& factor, int algorithm, at::Device device) {
+  constexpr int64_t kMaxElements = int64_t{1} << 23;
+  constexpr int64_t kTileRows = 128;  // pieces of whole tiles, as aligned as the whole
+  const int64_t rows = std::min(
+      p.out_features, std::max(kMaxElements / p.in_features / kTileRows, int64_t{1}) * kTileRows);
+  const int64_t batches =
+      std::clamp<int64_t>(kMaxElements / (p.out_features * p.in_features), 1, p.batch);
+  const int64_t element_size = p.type == GradType::kFloat32 ? 4 : 2;
+  const auto product =
+      at::empty({batches * rows * p.in_features}, at::device(device).dtype(at::kFloat));
+  for (int64_t b = 0; b < p.batch; b += batches)
+    for (int64_t o = 0; o < p.out_features; o += rows) {
+      WeightGrad piece = p;
+      piece.main = static_cast<float*>(product.data_ptr());
+      piece.grad_output = static_cast<const char*>(p.grad_output) +
+                          (b * p.grad_output_batch_stride + o) * element_size;
+      piece.input = static_cast<const char*>(p.input) + b * p.input_batch_stride * element_size;
+      piece.batch = std::min(batches, p.batch - b);
+      piece.out_features = std::min(rows, p.out_features - o);
+      piece.store = true;
+      cublaslt_weight_grad(piece, 1.f, algorithm, device);
+      kCudaBackend.accumulate(
+          {{p.main + (b * p.out_features + o) * p.in_features, piece.main, nullptr,
+            piece.batch * piece.out_features * p.in_features, GradType::kFloat32, p.store}},
+          factor.scale, factor.inv_scale, device);
+    }
+}
+
 }  // namespace
 
 bool cuda_weight_grad(const at::Tensor& main, const at::Tensor& grad_output,
@@ -49,6 +81,10 @@ bool cuda_weight_grad(const at::Tensor& main, const at::Tensor& grad_output,
                       const Factor& factor, bool store, float* partials, int processors) {
   if (main.numel() == 0) return false;
   const c10::cuda::CUDAGuard guard(main.device());
+  if (!factor.inv_scale && factor.scale == 0.f) {
+    if (store) at::Tensor(main).zero_();
+    return false;
+  }
   if (offsets) {
     grouped(main, grad_output, input, *offsets, factor, store);
     return false;
@@ -84,20 +120,12 @@ bool cuda_weight_grad(const at::Tensor& main, const at::Tensor& grad_output,
                 cuda::error_string(code));
     return partials != nullptr;
   }
-  const int rank = choice < 0 ? -1 - choice : 0;
-  if (!factor.inv_scale) {
-    const float scalars[] = {factor.scale, 0.f, 1.f};
-    cublaslt_weight_grad(problem, scalars, /*are_on_host=*/true, rank, main.device());
-    return false;
+  const int algorithm = choice < 0 ? -1 - choice : 0;
+  if (factor.inv_scale) {
+    by_product(problem, factor, algorithm, main.device());
+  } else {
+    cublaslt_weight_grad(problem, factor.scale, algorithm, main.device());
   }
-  at::Tensor prepared;
-  const float* scalars = factor.scalars;
-  if (!scalars) {
-    prepared = at::empty({3}, main.options());
-    scalars = static_cast<const float*>(prepared.const_data_ptr());
-    kCudaBackend.prepare(factor, static_cast<float*>(prepared.data_ptr()), main.device());
-  }
-  cublaslt_weight_grad(problem, scalars, /*are_on_host=*/false, rank, main.device());
   return false;
 }
 

@@ -184,9 +184,18 @@ int64_t chunk_size(int64_t numel, int64_t chunk) {
   return std::min(kChunkSize, numel - chunk * kChunkSize);
 }
 
+// What a factor of 0 makes of any gradient.
+void add_nothing(const Accumulation& item, int64_t first, int64_t last) {
+  if (item.store)
+    std::fill(item.main + first * kChunkSize, item.main + std::min(last * kChunkSize, item.numel),
+              0.f);
+  if (item.partials) sum_of_squares({item.main, item.partials, item.numel}, first, last);
+}
+
 }  // namespace
 
 void accumulate(const Accumulation& item, int64_t first, int64_t last, float scale) {
+  if (scale == 0.f) return add_nothing(item, first, last);
   const auto kernel = current()->kernels->accumulate[static_cast<int>(item.type)];
   for (int64_t c = first; c < last; ++c) {
     const float sum = kernel(item, c * kChunkSize, chunk_size(item.numel, c), scale);

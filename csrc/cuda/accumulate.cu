@@ -16,7 +16,7 @@ static_assert(kChunkSize % (kStep * kInFlight) == 0);
 
 template <bool kStore, typename grad_t>
 __device__ float update(float main, grad_t grad, float scale) {
-  return kStore ? to_float(grad) * scale : fmaf(to_float(grad), scale, main);
+  return kStore ? stored(to_float(grad), scale) : added(main, to_float(grad), scale);
 }
 
 template <typename grad_t>

@@ -1,4 +1,5 @@
-// Gradient elements in registers: vectors of one access, and their float32 values.
+// Gradient elements in registers: vectors of one access, their float32 values, and the new main
+// gradient that they make.
 
 #pragma once
 
@@ -15,5 +16,21 @@ struct alignas(sizeof(T) * kSize) Vec {
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// Gives `zero` where s is 0, else `other`. Of a ?: the compiler makes a branch around all elements,
+// which holds their loads back until s has arrived.
+__device__ inline float where_zero(float s, float zero, float other) {
+  float result;
+  asm("{ .reg .pred p; setp.eq.f32 p, %1, 0f00000000; selp.f32 %0, %2, %3, p; }"
+      : "=f"(result)
+      : "f"(s), "f"(zero), "f"(other));
+  return result;
+}
+
+// Where s is 0 the product is not used, for 0 * NaN is NaN.
+__device__ inline float added(float main, float grad, float s) {
+  return where_zero(s, main, fmaf(grad, s, main));
+}
+__device__ inline float stored(float grad, float s) { return where_zero(s, 0.f, grad * s); }
 
 }  // namespace gradacc::cuda

@@ -174,7 +174,7 @@ struct Pass {
   __device__ float factor() const { return inv_scale ? scale * *inv_scale : scale; }
 
   __device__ float update(float main, float sum, float s) const {
-    const float product = sum * s, total = fmaf(sum, s, main);
+    const float product = stored(sum, s), total = added(main, sum, s);
     return item.store ? product : total;
   }
 };

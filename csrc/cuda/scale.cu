@@ -39,10 +39,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void prepare_kernel(float scale, const float* inv_scale, float* scalars) {
-  scalars[0] = inv_scale ? scale * *inv_scale : scale;
-  scalars[1] = 0.f;
-  scalars[2] = 1.f;
+__global__ void prepare_kernel(float scale, const float* inv_scale, float* s) {
+  *s = inv_scale ? scale * *inv_scale : scale;
 }
 
 }  // namespace
@@ -59,8 +57,8 @@ int scale(const Scaling* items, int64_t count, const float* factor, Stream strea
   });
 }
 
-int prepare_scalars(float scale, const float* inv_scale, float* scalars, Stream stream) {
-  prepare_kernel<<<1, 1, 0, stream>>>(scale, inv_scale, scalars);
+int prepare_factor(float scale, const float* inv_scale, float* s, Stream stream) {
+  prepare_kernel<<<1, 1, 0, stream>>>(scale, inv_scale, s);
   return cudaGetLastError();
 }
 

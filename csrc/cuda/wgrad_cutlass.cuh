@@ -30,6 +30,7 @@
 #include <cutlass/gemm/kernel/sm90_gemm_tma_warpspecialized_pingpong.hpp>
 
 #include "../kernels.h"
+#include "elements.cuh"
 #include "launch.cuh"
 
 namespace gradacc::cuda::wgrad {
@@ -121,12 +122,12 @@ struct MainGradFusion {
       cutlass::Array<float, kFragment> result;
       if (params->store) {
         CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kFragment; ++i) result[i] = sum[i] * factor;
+        for (int i = 0; i < kFragment; ++i) result[i] = stored(sum[i], factor);
       } else {
         const cutlass::Array<float, kFragment> old =
             cute::recast<cutlass::Array<float, kFragment>>(old_tile)(epi_v);
         CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kFragment; ++i) result[i] = fmaf(sum[i], factor, old[i]);
+        for (int i = 0; i < kFragment; ++i) result[i] = added(old[i], sum[i], factor);
       }
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kFragment; ++i) sums[i % 2].add(result[i]);
