@@ -1,8 +1,8 @@
-"""Flat storage of main gradients and their statistics slots."""
+"""Flat storage of tensors in the shapes of parameters: main gradients, their statistics slots."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,42 @@ from torch import Tensor
 from gradacc_kernels import checks
 
 ALIGNMENT = 128  # bytes; a view never shares a cache line or a vector access with its neighbour
+
+
+def padded(numel: int, dtype: torch.dtype) -> int:
+    """Returns how many elements a view of numel elements takes up, with the gap after it."""
+    align = ALIGNMENT // dtype.itemsize
+    return -(-numel // align) * align
+
+
+def lay_out(
+    params: Sequence[Tensor], dtype: torch.dtype, *, allocate: Callable[..., Tensor] = torch.empty
+) -> tuple[Tensor, list[Tensor]]:
+    """Allocates one tensor, and a view of it for each parameter.
+
+    Args:
+        params: tensors of one device.
+        dtype: of what is allocated.
+        allocate: torch.empty, or torch.zeros.
+
+    Returns:
+        The 1-D tensor, and views in the strides of the parameters (contiguous for a parameter that
+        is not dense), each a tensor of its own over its memory.
+    """
+    offsets = [0]
+    for param in params:
+        offsets.append(offsets[-1] + padded(param.numel(), dtype))
+    flat = allocate(offsets.pop(), dtype=dtype, device=params[0].device)
+    return flat, [_view(flat, *each) for each in zip(params, offsets, strict=True)]
+
+
+def _view(flat: Tensor, param: Tensor, offset: int) -> Tensor:
+    if checks.is_dense(param):
+        strides = param.stride()
+    else:
+        strides = torch.empty(param.shape, device="meta").stride()
+    # set_() and not a slice: a tensor of its own, with a version counter of its own.
+    return flat.new_empty(0).set_(flat.untyped_storage(), offset, param.shape, strides)
 
 
 class FlatBuffer:
@@ -31,27 +67,10 @@ class FlatBuffer:
 
     def __init__(self, params: Sequence[Tensor], dtype: torch.dtype):
         device = params[0].device
-        align = ALIGNMENT // dtype.itemsize
-        offsets = [0]
-        for param in params:
-            offsets.append(offsets[-1] + -(-param.numel() // align) * align)
-        self.flat = torch.zeros(offsets.pop(), dtype=dtype, device=device)
-        self.views = [
-            self._view(param, offset) for param, offset in zip(params, offsets, strict=True)
-        ]
+        self.flat, self.views = lay_out(params, dtype, allocate=torch.zeros)
         counts = [checks.num_chunks(param.numel()) for param in params]
         self.partials = torch.zeros(sum(counts), dtype=dtype, device=device)
         self.slots = list(self.partials.split(counts))
-
-    def _view(self, param: Tensor, offset: int) -> Tensor:
-        if checks.is_dense(param):
-            strides = param.stride()
-        else:
-            strides = torch.empty(param.shape, device="meta").stride()
-        # set_() and not a slice: a tensor of its own, with a version counter of its own.
-        return self.flat.new_empty(0).set_(
-            self.flat.untyped_storage(), offset, param.shape, strides
-        )
 
     @property
     def nbytes(self) -> int:

@@ -60,10 +60,9 @@ def watch(is_covered: Callable[[Tensor], bool], end_window: Callable[[Tensor], b
                     raise TypeError(
                         f"{name}.step: a {param.dtype} parameter of shape {list(param.shape)} has "
                         f"the float32 gradient of gradacc_kernels.attach, and {reason} one dtype "
-                        f"alone. Step float32 copies of the parameters: give {name} [p.detach()."
-                        "float() for p in params], assign p.grad to the copies before a step, and "
-                        "copy them back after it (README). SGD, Adagrad, Adadelta, Adafactor and "
-                        "RMSprop take both dtypes, without fused=True."
+                        "alone. Step float32 masters of the parameters: gradacc_kernels."
+                        f"MasterParams(params, torch.optim.{name}, ...). SGD, Adagrad, Adadelta, "
+                        "Adafactor and RMSprop take both dtypes, without fused=True."
                     )
 
     def end(optimizer, args, kwargs):

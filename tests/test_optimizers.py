@@ -48,8 +48,10 @@ def test_refused_before_anything_is_written(hook, optimizer, dtype):
     message = (
         rf"{optimizer.split(',')[0]}\.step: a {dtype} parameter of shape \[2\] has the float32"
     )
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(TypeError, match=message) as refusal:
         stepping.step()
+    name = optimizer.split(",")[0]
+    assert f"gradacc_kernels.MasterParams(params, torch.optim.{name}, ...)" in str(refusal.value)
     assert second.tolist() == [1.0, 2.0] and second.grad.tolist() == [3.0, 3.0]
     assert all(state["step"] == 0 for state in stepping.state.values())
     accumulator.detach()
