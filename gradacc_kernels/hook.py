@@ -13,7 +13,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from gradacc_kernels import checks, dispatch, fused, ops, optimizers, python_fused, window_state
+from gradacc_kernels import checks, dispatch, fused, optimizers, python_fused, window
+from gradacc_kernels.accumulator import Accumulator, human
 from gradacc_kernels.buffer import FlatBuffer
 from gradacc_kernels.python_hook import PythonHooks, check_not_reduced
 
@@ -67,6 +68,11 @@ def _find(param: Tensor) -> tuple[_Group, int] | tuple[None, None]:
 
 def _is_covered(param: Tensor) -> bool:
     return _find(param)[0] is not None
+
+
+def _is_pending(param: Tensor) -> bool:
+    group, _ = _find(param)
+    return group is not None and any(group in w.attachment.groups for w in window.pending)
 
 
 def _end_window(param: Tensor) -> bool:
@@ -116,8 +122,8 @@ class _Group:
         elements = sum(view.numel() for view in self.buffer.views)
         return (
             f"{len(self.names)} parameters on {self.device}: {elements:,} elements, "
-            f"{self.dtype} main gradients in {_human(self.buffer.flat.nbytes)}, statistics in "
-            f"{_human(self.buffer.partials.nbytes)}, backend {self.backend}, "
+            f"{self.dtype} main gradients in {human(self.buffer.flat.nbytes)}, statistics in "
+            f"{human(self.buffer.partials.nbytes)}, backend {self.backend}, "
             f"{'C++' if self.is_native else 'Python'} hook"
         )
 
@@ -132,14 +138,6 @@ def _requested(backend: str, dtype: torch.dtype) -> str:
     return "auto" if dtype == torch.float64 else backend
 
 
-def _human(nbytes: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} GB"
-
-
 class _Attachment:
     """What attach makes. A module's forward pre-hook owns it, or the Accumulator of a list does."""
 
@@ -151,7 +149,9 @@ class _Attachment:
         fuse: str | bool,
         root: torch.nn.Module | None,
         n_frozen: int,
+        nonfinite: str,
     ):
+        self.nonfinite = nonfinite
         self.scale = scale
         self.requested_backend = backend
         self.fuse = fuse
@@ -169,6 +169,7 @@ class _Attachment:
         self.aliases: dict[str, Tensor] = {}
         self.watch = None
         self.install(params, self.make_groups(params))
+        self.window = window.Window(self, nonfinite)
 
     def members(self) -> Iterator[tuple[_Group, int, str, Tensor]]:
         """Yields each covered parameter with its group, its index there and its name."""
@@ -202,7 +203,19 @@ class _Attachment:
             groups.append(_Group(names, members, self.scale, inv_scale, backend, self))
             if self.uses_inv_scale:
                 groups[-1].hooks.use_inv_scale()
+            if self.nonfinite == "skip_micro_batch":
+                groups[-1].hooks.hold()
+            if self.nonfinite in ("skip_micro_batch", "raise"):
+                groups[-1].hooks.call_at_end(_end_of_backward(weakref.ref(self)))
         return groups
+
+    def micro_batches(self) -> int:
+        """The most backwards that have added to the window of a parameter."""
+        return max((group.hooks.most_micro_batches() for group in self.groups), default=0)
+
+    def inv_scales(self) -> dict[torch.device, Tensor]:
+        """The factors inv_scale, whether or not they take part."""
+        return {group.device: group.inv_scale for group in self.groups}
 
     def use_inv_scale(self) -> None:
         """Has the factors inv_scale take part, which are 1 for as long as nobody has them."""
@@ -298,6 +311,7 @@ class _Attachment:
         for param in params.values():
             param.grad = None
         self.install(params, groups)
+        self.window.move(groups[0].device)
         for group, index, _, param in self.members():
             total, micro_batches = sums[param]
             if total is not None:
@@ -327,6 +341,8 @@ class _Attachment:
         with self.lock, torch.inference_mode(False), _disable_current_modes():
             for handle in self.handles:
                 handle.remove()
+            with contextlib.suppress(RuntimeError):
+                self.window.end()
             if self.fused is not None:
                 self.fused.remove()
             for group in self.groups:
@@ -347,6 +363,15 @@ def _is_rounded(total: Tensor | None, param: Tensor | None) -> bool:
     if total is None or grad is None or grad.shape != total.shape or grad.is_sparse:
         return False
     return torch.equal(total.detach().to(grad), grad)
+
+
+def _end_of_backward(attachment: weakref.ref[_Attachment]):
+    def call():
+        alive = attachment()
+        if alive is not None:
+            alive.window.end_of_backward()
+
+    return call
 
 
 def _covered_by(attachment: _Attachment) -> fused.Find:
@@ -451,238 +476,6 @@ class _RefreshAfterApply:
         return (_RefreshAfterApply, (self.module(),))
 
 
-class Accumulator:
-    """The handle that :func:`attach` returns.
-
-    For a module it holds the attachment weakly: dropping it changes nothing, and keeping it keeps
-    no model alive. For a list of parameters it is the attachment's owner: dropping it detaches.
-    As a context manager it detaches at exit. A copy of it, or a pickle, is detached.
-    """
-
-    __slots__ = ("__weakref__", "_owned", "_reference")
-
-    def __init__(self, attachment: _Attachment | None = None):
-        self._owned = attachment if attachment is not None and attachment.root is None else None
-        self._reference = weakref.ref(attachment) if attachment is not None else lambda: None
-
-    @property
-    def _attachment(self) -> _Attachment:
-        attachment = self._reference()
-        if attachment is None:
-            raise RuntimeError(
-                "this Accumulator is not attached to anything: it was detached or copied, or its "
-                "model is gone; call gradacc_kernels.attach again"
-            )
-        return attachment
-
-    def refresh(self) -> None:
-        """Follows the parameters after a change that autograd makes no call for.
-
-        A module's forward, ``.to()`` and ``load_state_dict`` do this by themselves. Call it when
-        you use a bare list of parameters, or a submodule directly, after such a change of them or
-        of the CUDA stream.
-
-        Raises:
-            RuntimeError: a parameter changed its shape; nothing was changed.
-        """
-        self._attachment.refresh()
-
-    def invalidate(self) -> None:
-        """Declares the statistics of the pass stale.
-
-        Call it after writing to main gradients by a way that moves no version counter: ``.data``,
-        numpy, fused optimizers, ``GradScaler.unscale_``, collectives, replayed graphs.
-        """
-        for group in self._attachment.groups:
-            group.hooks.invalidate()
-
-    def expose(self) -> None:
-        """Sets ``.grad`` to the main gradient on every covered parameter.
-
-        For replayed CUDA graphs, in which no host code runs that could set it. The main gradient of
-        a parameter that had no ``.grad`` holds what was last summed into it.
-        """
-        for group in self._attachment.groups:
-            for index in range(len(group.names)):
-                group.hooks.expose(index)
-
-    @property
-    def micro_batches(self) -> int:
-        """How many backwards have added to the window so far: the most of any parameter.
-
-        A window begins where ``.grad`` is None, and with the first gradient after a step of an
-        optimizer. What replays of a CUDA graph add is not counted; parameters shared by several
-        reentrant checkpoints are counted in each. Known on the host: no sync.
-        """
-        members = self._attachment.members()
-        return max(group.hooks.micro_batches(index) for group, index, _, _ in members)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns the window as it is, so that a new process can finish it bit for bit.
-
-        Plain tensors, which safetensors takes as they are: the sum of each parameter whose window
-        has begun (a copy: 4 bytes an element), its count of micro-batches, and ``scale``.
-        ``inv_scale`` is not among them: the loss scale is its owner's to save.
-        """
-        attachment = self._attachment
-        attachment.refresh()
-        return window_state.save(attachment)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on with a window that :meth:`state_dict` has saved; what was summed here is dropped.
-
-        Load the parameters first.
-
-        Args:
-            state: what state_dict returned, on any device.
-
-        Raises:
-            TypeError: no mapping of names to tensors.
-            ValueError: a state of another format, scale or model, or an incomplete one; nothing
-                was changed.
-        """
-        attachment = self._attachment
-        attachment.refresh()
-        window_state.load(attachment, state)
-
-    def detach(self) -> None:
-        """Restores stock behaviour; calling it again changes nothing.
-
-        ``.grad`` becomes a tensor of the parameter's dtype with the sum so far (rounded to it, for
-        a 16-bit parameter), or stays None, and ``grad_dtype`` what it was before attach. The
-        buffers are freed.
-        """
-        attachment = self._reference()
-        if attachment is not None:
-            attachment.detach()
-        self._owned = None
-        self._reference = lambda: None
-
-    def grad_norm(self, *, from_statistics: bool = False) -> Tensor:
-        """Returns sqrt(sum of squares) over the ``.grad`` of all covered parameters.
-
-        Args:
-            from_statistics: read the slots that the accumulation pass wrote, where the version
-                counter of ``.grad`` has not moved since. That costs a few KB of reads in place of 4
-                bytes per element, and is right only if nothing wrote to a main gradient unseen (see
-                :meth:`invalidate`).
-
-        Returns:
-            0-dim float32 tensor on the device of the first parameter; NaN when an element is not
-            finite, 0 when no parameter has a gradient. No host sync, unless that is the CPU and
-            other parameters are on a GPU.
-        """
-        return self._statistics(from_statistics)[0]
-
-    @property
-    def found_inf(self) -> Tensor:
-        """1 when an element of a covered ``.grad`` is inf or NaN, else 0.
-
-        0-dim float32 tensor on the device of the first parameter, from one pass over the main
-        gradients (4 bytes per element). No host sync, as :meth:`grad_norm`.
-        """
-        return self._statistics(False)[1]
-
-    def _statistics(self, from_statistics: bool) -> tuple[Tensor, Tensor]:
-        attachment = self._attachment
-        device = attachment.groups[0].device
-        norms, verdicts = [], []
-        for group in attachment.groups:
-            grads, slots = [], []
-            for index, name in enumerate(group.names):
-                grad = attachment.params[name].grad
-                if grad is None:
-                    continue
-                if from_statistics and group.hooks.statistics_valid(index):
-                    slots.append(group.buffer.slots[index])
-                else:
-                    grads.append(_as_main(grad.detach(), group.dtype))
-            for tensors, kind in ((grads, "main_grads"), (slots, "partials")):
-                if tensors:
-                    _, norm, verdict = ops.grad_stats(**{kind: tensors}, backend=group.backend)
-                    # A copy to the CPU that does not wait would be read before it is there.
-                    is_free = device.type != "cpu"
-                    norms.append(norm.to(device, non_blocking=is_free))
-                    verdicts.append(verdict.to(device, non_blocking=is_free))
-        if not norms:
-            zero = torch.zeros((), dtype=torch.float32, device=device)
-            return zero, zero.clone()
-        if len(norms) == 1:
-            return norms[0].float(), verdicts[0]
-        return torch.linalg.vector_norm(torch.stack(norms).float()), torch.stack(verdicts).amax()
-
-    @property
-    def scale(self) -> float:
-        """The factor that attach was given; fixed. See :attr:`inv_scale` for one that is not."""
-        return self._attachment.scale
-
-    @property
-    def inv_scale(self) -> Tensor:
-        """A factor for every gradient as it arrives: 0-dim float32 device tensor, 1 at first.
-
-        Write into it, on the device: ``accumulator.inv_scale.copy_(1 / loss_scale)``. For
-        parameters on several devices there is one a device, in :attr:`inv_scales`.
-
-        It takes part from the first time on that it is asked for. Weight gradients of many tokens
-        are a little slower then: see docs/performance.md.
-
-        Raises:
-            RuntimeError: the parameters are on several devices; or a CUDA graph of fused modules
-                was captured before, which would not see what is written.
-        """
-        tensors = self.inv_scales
-        if len(tensors) > 1:
-            raise RuntimeError(
-                f"the parameters are on {len(tensors)} devices; use Accumulator.inv_scales[device]"
-            )
-        return next(iter(tensors.values()))
-
-    @property
-    def inv_scales(self) -> dict[torch.device, Tensor]:
-        """The factor :attr:`inv_scale` of each device; raises as that does."""
-        self._attachment.use_inv_scale()
-        return {group.device: group.inv_scale for group in self._attachment.groups}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of device memory held for main gradients and their statistics."""
-        return sum(group.buffer.nbytes for group in self._attachment.groups)
-
-    def __enter__(self) -> Accumulator:
-        """Returns itself."""
-        return self
-
-    def __exit__(self, *exception) -> None:
-        """Detaches."""
-        self.detach()
-
-    def __reduce__(self):
-        """Copies and pickles as a detached Accumulator."""
-        return (Accumulator, ())
-
-    def __repr__(self) -> str:
-        """Tells what is covered, and in how many bytes."""
-        attachment = self._reference()
-        if attachment is None:
-            return "Accumulator(detached)"
-        count = f"{len(attachment.params)} parameters"
-        if attachment.n_frozen:
-            count += f" ({attachment.n_frozen} frozen ones left out)"
-        lines = [f"Accumulator({count}, scale {attachment.scale:g}, {_human(self.nbytes)})"]
-        lines += [repr(group) for group in attachment.groups]
-        if attachment.fused is not None:
-            lines.append(repr(attachment.fused))
-        return "\n  ".join(lines)
-
-
-def _as_main(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor that grad_stats takes, for whatever the user may have put into ``.grad``."""
-    if grad.layout != torch.strided:
-        grad = grad.to_dense()
-    grad = grad.to(dtype)
-    return grad if grad.numel() == 0 or checks.is_dense(grad) else grad.contiguous()
-
-
 def _check_param(name: str, param: Tensor, backend: str) -> None:
     if type(param.data) is not Tensor:
         raise TypeError(
@@ -716,6 +509,7 @@ def attach(
     scale: float = 1.0,
     backend: str = "auto",
     fuse: str | bool = "auto",
+    nonfinite: str = "skip_window",
 ) -> Accumulator:
     """Makes backward accumulate into float32 main gradients: main = fma(grad, s, main).
 
@@ -752,6 +546,16 @@ def attach(
             go straight into the main gradient, without a 16-bit tensor between: ``"auto"`` on CUDA
             where it wins, True wherever it is possible, False nowhere. What is not fused has its
             gradient added by the hook.
+        nonfinite: what becomes of gradients with inf or NaN. ``"skip_window"``:
+            :meth:`Accumulator.step` skips the step. ``"skip_micro_batch"``: a micro-batch that
+            brings one is dropped whole, bit for bit, and its weight is not counted; gradients wait
+            in their own dtype until backward has ended (2 bytes an element of a 16-bit parameter),
+            nothing is fused, and hooks of others must not read ``.grad`` inside of backward. A
+            micro-batch is one backward, or what :meth:`Accumulator.micro_batch` holds; the latter
+            is needed for reentrant checkpoints and for parameters of several devices. ``"raise"``:
+            step raises FloatingPointError with the parameters and the micro-batch; statistics are
+            read after every backward for it. ``"ignore"``: step steps. A stock ``optimizer.step()``
+            steps in each of them.
 
     Returns:
         The :class:`Accumulator`.
@@ -779,6 +583,15 @@ def attach(
         raise RuntimeError(
             "attach: gradients need autograd; call it outside torch.inference_mode()"
         )
+    if nonfinite not in window.NONFINITE:
+        raise ValueError(f"attach: nonfinite must be one of {window.NONFINITE}, got {nonfinite!r}")
+    if nonfinite == "skip_micro_batch":
+        if fuse is True:
+            raise ValueError(
+                "attach: nonfinite='skip_micro_batch' holds gradients until backward has ended, "
+                "and fuse=True makes none: leave fuse out"
+            )
+        fuse = False if fuse == "auto" else fuse
     root = model_or_params if isinstance(model_or_params, torch.nn.Module) else None
     if isinstance(root, torch.jit.ScriptModule):
         raise TypeError(
@@ -800,8 +613,9 @@ def attach(
                 f"attach: parameter {name} is attached already; call detach() on its Accumulator "
                 "first"
             )
-    optimizers.watch(_is_covered, _end_window)
-    attachment = _Attachment(params, float(scale), backend, fuse, root, len(named) - len(params))
+    optimizers.watch(_is_covered, _is_pending, _end_window)
+    n_frozen = len(named) - len(params)
+    attachment = _Attachment(params, float(scale), backend, fuse, root, n_frozen, nonfinite)
     if root is not None:
         attachment.follow(root)
     return Accumulator(attachment)

@@ -17,6 +17,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from gradacc_kernels.window import pending
+
 HALVES = (torch.float16, torch.bfloat16)
 # Their moving average is lerp_(gradient), whose operands must be of one dtype.
 AVERAGING = (optim.Adam, optim.Adamax, optim.NAdam, optim.RAdam)
@@ -39,16 +41,27 @@ def why_unfit(optimizer: optim.Optimizer, group: dict) -> str | None:
 
 
 @functools.cache
-def watch(is_covered: Callable[[Tensor], bool], end_window: Callable[[Tensor], bool]) -> None:
+def watch(
+    is_covered: Callable[[Tensor], bool],
+    is_pending: Callable[[Tensor], bool],
+    end_window: Callable[[Tensor], bool],
+) -> None:
     """Has every torch optimizer look at its parameters before and after a step; once for a process.
 
     Args:
         is_covered: tells whether ``.grad`` of a parameter is a main gradient of ours.
+        is_pending: tells whether a parameter's ``.grad`` is a weighted sum that nobody has divided.
         end_window: is told of the parameters that were stepped, until it takes one of a group.
     """
 
     def refuse(optimizer, args, kwargs):
         for group in optimizer.param_groups:
+            if pending and any(map(is_pending, group["params"])):
+                raise RuntimeError(
+                    f"{type(optimizer).__name__}.step: the gradients are the weighted sum of this "
+                    "window's micro-batches, and were not divided by its weight yet: call "
+                    "Accumulator.step(optimizer), or Accumulator.average_() before optimizer.step()"
+                )
             reason = why_unfit(optimizer, group)
             if reason is None:
                 continue

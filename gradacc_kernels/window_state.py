@@ -3,6 +3,8 @@
 =========================  ========================================================================
 ``format``                 int64: FORMAT
 ``scale``                  float64: the factor of attach, which is in the sums
+``weight``                 float64: the sum of the weights of its micro-batches, by which the sums
+                           are to be divided; -1 without weights
 ``micro_batches.<name>``   int64, of every covered parameter: how many backwards have added to it;
                            -1 where its ``.grad`` is None
 ``main_grad.<name>``       its sum so far, in the dtype of its main gradient; absent with -1
@@ -11,6 +13,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +22,7 @@ from torch import Tensor
 
 FORMAT = 1
 NOT_BEGUN = -1
+UNWEIGHTED = -1.0
 _COUNT, _SUM = "micro_batches.", "main_grad."
 
 
@@ -27,6 +31,7 @@ def save(attachment: Any) -> dict[str, Tensor]:
     state = {
         "format": torch.tensor(FORMAT),
         "scale": torch.tensor(attachment.scale, dtype=torch.float64),
+        "weight": attachment.window.saved_weight(),
     }
     for group, index, name, _ in attachment.members():
         total = group.hooks.current(index)
@@ -48,6 +53,7 @@ def load(attachment: Any, state: Mapping[str, Tensor]) -> None:
     for group, index, name, _ in attachment.members():
         total = state.get(_SUM + name)
         group.hooks.load(index, total, max(0, int(state[_COUNT + name])))
+    attachment.window.load_weight(state["weight"])
 
 
 def _check(attachment: Any, state: Mapping[str, Tensor]) -> None:
@@ -72,10 +78,15 @@ def _check(attachment: Any, state: Mapping[str, Tensor]) -> None:
             f"load_state_dict: the sums were scaled by {scale}, and the next gradients would be by "
             f"{attachment.scale}: attach with scale={scale}"
         )
+    weight = _number(state, "weight")
+    if not (weight == UNWEIGHTED or 0 <= weight < math.inf):
+        raise ValueError(f"load_state_dict: a window cannot have the weight {weight:g}")
     members = {name: group for group, _, name, _ in attachment.members()}
     missing = [name for name in members if _COUNT + name not in state]
     known = {prefix + name for prefix in (_COUNT, _SUM) for name in members}
-    unknown = [key for key in state if key not in known and key not in ("format", "scale")]
+    unknown = [
+        key for key in state if key not in known and key not in ("format", "scale", "weight")
+    ]
     if missing or unknown:
         raise ValueError(
             "load_state_dict: the state is of other parameters, or incomplete"

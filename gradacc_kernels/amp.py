@@ -1,0 +1,132 @@
+"""GradScaler: loss scaling whose gradients arrive unscaled.
+
+    main = fma(grad, 1 / loss_scale, main)
+
+so that ``.grad`` is in true units at any moment, and nothing is left to unscale.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import OptState
+
+from gradacc_kernels.accumulator import Accumulator
+from gradacc_kernels.statistics import measure
+
+
+class GradScaler(torch.amp.GradScaler):
+    """torch's GradScaler over an Accumulator: the same methods, state and checkpoints.
+
+    It owns :attr:`Accumulator.inv_scale`, and sets it to 1 / scale when the scale changes.
+    :meth:`unscale_` only takes the verdict from the statistics of the pass (parameters that are not
+    covered are unscaled as torch does), so it costs no pass over memory and may be called again.
+    :meth:`step` does not wait for the device where the optimizer takes ``found_inf``, as torch's
+    fused ones do; it divides by the weight of the window (:meth:`Accumulator.micro_batch`) first.
+
+    Args:
+        accumulator: of :func:`attach`.
+        options: of ``torch.amp.GradScaler``; ``device`` is that of the parameters.
+
+    Raises:
+        TypeError: no Accumulator.
+        RuntimeError: it is detached.
+    """
+
+    def __init__(self, accumulator: Accumulator, **options: Any):
+        if not isinstance(accumulator, Accumulator):
+            raise TypeError(
+                "GradScaler: expected the Accumulator that attach returned, got "
+                f"{type(accumulator).__name__}"
+            )
+        attachment = accumulator._attachment
+        options.setdefault("device", attachment.groups[0].device.type)
+        super().__init__(**options)
+        self.accumulator = accumulator
+        if self.is_enabled():
+            self._publish()
+
+    def _publish(self) -> None:
+        """Has gradients arrive divided by the scale, as it is now."""
+        if self.accumulator._attachment.window.is_open:
+            raise RuntimeError("GradScaler: the scale cannot change inside of micro_batch()")
+        for inv_scale in self.accumulator.inv_scales.values():
+            if self._scale is None:
+                inv_scale.fill_(1 / self._init_scale)
+            else:
+                inv_scale.copy_(self._scale.double().reciprocal(), non_blocking=True)
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Takes the verdict on the optimizer's gradients, which are in true units already."""
+        if not self.is_enabled():
+            return
+        self._check_scale_growth_tracker("unscale_")
+        state = self._per_optimizer_states[id(optimizer)]
+        if state["stage"] is OptState.STEPPED:
+            raise RuntimeError("unscale_() is being called after step().")
+        attachment = self.accumulator._attachment
+        covered = set(map(id, attachment.params.values()))
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if state["stage"] is OptState.READY:
+            others = [p for p in params if id(p) not in covered]
+            state["others"] = self._unscale_others(others)
+        own = measure(attachment, from_slots=True, params=params).found_inf
+        verdicts = [own.to(self._scale.device, non_blocking=True), *state["others"]]
+        found_inf = torch.stack(verdicts).amax()
+        state["found_inf_per_device"] = {self._scale.device: found_inf}
+        state["stage"] = OptState.UNSCALED
+
+    def _unscale_others(self, params: list[Tensor]) -> list[Tensor]:
+        if not any(param.grad is not None for param in params):
+            return []
+        inv_scale = self._scale.double().reciprocal().float()
+        found_inf = torch.zeros((), dtype=torch.float32, device=self._scale.device)
+        groups = SimpleNamespace(param_groups=[{"params": params}])
+        found = self._unscale_grads_(groups, inv_scale, found_inf, False).values()
+        return [value.to(self._scale.device, non_blocking=True) for value in found]
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Steps the optimizer by the average of the window, unless a gradient is not finite.
+
+        Returns:
+            What ``optimizer.step(*args, **kwargs)`` returned; None where it was skipped.
+        """
+        return self._close(optimizer, lambda: optimizer.step(*args, **kwargs), None, kwargs)[0]
+
+    def _close(self, optimizer, step, max_norm, kwargs) -> tuple[Any, Tensor | None]:
+        window = self.accumulator._attachment.window
+        if not self.is_enabled():
+            result, norm, _ = window.close(optimizer, step, max_norm)
+            return result, norm
+        if "closure" in kwargs:
+            raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
+        self._check_scale_growth_tracker("step")
+        state = self._per_optimizer_states[id(optimizer)]
+        if state["stage"] is OptState.STEPPED:
+            raise RuntimeError("step() has already been called since the last update().")
+        # A micro-batch that was dropped overflowed at this scale.
+        has_skipped = window.has_skipped.clone()
+        self.unscale_(optimizer)
+        found_inf = state["found_inf_per_device"][self._scale.device]
+        result, norm, found_inf = window.close(optimizer, step, max_norm, found_inf)
+        overflowed = torch.maximum(found_inf, has_skipped)
+        state["found_inf_per_device"] = {
+            self._scale.device: overflowed.to(self._scale.device, non_blocking=True)
+        }
+        state["stage"] = OptState.STEPPED
+        return result, norm
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Updates the scale, and what gradients are divided by from now on."""
+        super().update(new_scale)
+        if self.is_enabled():
+            self._publish()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the state of this class or of torch's."""
+        super().load_state_dict(state_dict)
+        if self.is_enabled():
+            self._publish()
