@@ -551,3 +551,73 @@ def test_modes_survive_a_cast_and_a_copy(hook):
     sums = model[0].bias.grad.clone()
     accumulator.detach()
     assert model[0].bias.grad.equal((sums * 0.125).half())
+
+
+# On a GPU
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
+
+
+def cuda_window(accumulator, model, optimizer, inputs, weights, scaler):
+    for x, weight in zip(inputs, weights, strict=True):
+        with accumulator.micro_batch(weight):
+            loss = model(x).float().square().sum()
+            (loss if scaler is None else scaler.scale(loss)).backward()
+    norm = accumulator.step(optimizer, max_norm=0.1, scaler=scaler)
+    if scaler is not None:
+        scaler.update()
+    optimizer.zero_grad()
+    return norm
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("nonfinite", ["skip_window", "skip_micro_batch"])
+def test_nothing_waits_from_the_first_micro_batch_to_the_step(scaled, nonfinite):
+    model = mlp("cuda", torch.float32)
+    accumulator = gk.attach(model, nonfinite=nonfinite)
+    scaler = gk.GradScaler(accumulator) if scaled else None
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    inputs = [batch("cuda", torch.float32) for _ in range(3)]
+    weights = [4, torch.tensor(4.0, device="cuda"), 0]
+    cuda_window(accumulator, model, optimizer, inputs, weights, scaler)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            cuda_window(accumulator, model, optimizer, inputs, weights, scaler)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("nonfinite", ["skip_window", "skip_micro_batch"])
+def test_a_whole_window_with_its_step_is_captured(nonfinite):
+    models = [mlp("cuda", torch.float32)]
+    models.append(copy.deepcopy(models[0]))
+    accumulators = [gk.attach(model, nonfinite=nonfinite) for model in models]
+    optimizers = [
+        torch.optim.AdamW(m.parameters(), lr=0.01, fused=True, capturable=True) for m in models
+    ]
+    inputs = [batch("cuda", torch.float32) for _ in range(3)]
+    weights = [torch.full((), 4.0, device="cuda") for _ in range(3)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            for parts in zip(accumulators, models, optimizers, strict=True):
+                cuda_window(*parts, inputs, weights, None)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cuda_window(accumulators[0], models[0], optimizers[0], inputs, weights, None)
+    for counts in ((1, 2, 3), (5, 0, 7), (4, 4, 4)):
+        for x, weight, count in zip(inputs, weights, counts, strict=True):
+            x.copy_(batch("cuda", torch.float32) * (float("nan") if count == 0 else 1))
+            weight.fill_(count)
+        graph.replay()
+        cuda_window(accumulators[1], models[1], optimizers[1], inputs, weights, None)
+        for ours, theirs in zip(*(m.parameters() for m in models), strict=True):
+            assert ours.equal(theirs)
