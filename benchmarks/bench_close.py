@@ -41,10 +41,6 @@ class Close:
         self.optimizer = torch.optim.AdamW(self.params, lr=0.0, fused=True)
         self.arrive()
 
-    @property
-    def numel(self) -> int:
-        return sum(param.numel() for param in self.params)
-
     def arrive(self) -> None:
         """Gives every parameter a gradient, by backward."""
         for param in self.params:
@@ -57,12 +53,14 @@ class Close:
         return sum(p.grad.double().square().sum() for p in self.params).sqrt().item()
 
     def torch_clip(self, max_norm: float) -> Tensor:
+        """What loops with a GradScaler call before the step."""
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.params, max_norm)
         self.scaler._per_optimizer_states.clear()
         return norm
 
     def torch_step(self, max_norm: float) -> Tensor:
+        """The same, and the step."""
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.params, max_norm)
         self.scaler.step(self.optimizer)
@@ -103,69 +101,82 @@ def gpu(close: Close, call: Callable[[], Tensor], repeats: int) -> float:
     return statistics.median(times)
 
 
+class Table:
+    """The rows, each timed and printed as it is asked for."""
+
+    def __init__(self, repeats: int):
+        self.repeats = repeats
+        self.rows: list[dict] = []
+
+    def add(self, name: str, close: Close, call: Callable[[], Tensor], n_bytes: int) -> None:
+        """Times one way; stops where its norm is wrong."""
+        close.arrive()
+        expected = close.norm()
+        norm = call().item()
+        if abs(norm - expected) > 1e-4 * expected:
+            raise SystemExit(f"{name}: norm {norm}, expected {expected}")
+        wall(close, call, 2)
+        row = {
+            "way": name,
+            "wall_ms": wall(close, call, self.repeats),
+            "gpu_ms": gpu(close, call, self.repeats),
+            "bytes_per_element": n_bytes,
+        }
+        self.rows.append(row)
+        print(
+            f"{name:44} {row['wall_ms']:8.3f} ms wall {row['gpu_ms']:8.3f} ms GPU {n_bytes:4} B",
+            flush=True,
+        )
+
+
+def time_torch(table: Table, max_norm: float, due: str) -> None:
+    """torch's chain, without and with the step."""
+    close = Close(False)
+    table.add(f"torch: unscale, clip ({due})", close, lambda: close.torch_clip(max_norm), 20)
+    table.add(
+        f"torch: close with fused AdamW ({due})",
+        close,
+        lambda: close.torch_step(max_norm),
+        20 + ADAMW_BYTES,
+    )
+
+
+def time_ours(table: Table, max_norm: float, due: str) -> None:
+    """The Accumulator's, from valid statistics and anew."""
+    close = Close(True)
+    accumulator = close.accumulator
+
+    def clip():
+        return accumulator.clip_grad_norm_(max_norm)
+
+    def step():
+        return accumulator.step(close.optimizer, max_norm=max_norm)
+
+    def anew(call):
+        accumulator.invalidate()
+        return call()
+
+    clipping = 8 if max_norm == ALWAYS else 0
+    stepping = ADAMW_BYTES + 4  # the kernel writes the gradient that it divided
+    table.add(f"ours: clip ({due})", close, clip, clipping)
+    table.add(f"ours: clip, norm anew ({due})", close, lambda: anew(clip), clipping + 4)
+    table.add(f"ours: step with fused AdamW ({due})", close, step, stepping)
+    table.add(f"ours: step, norm anew ({due})", close, lambda: anew(step), stepping + 4)
+
+
 def main() -> None:
     """Times all ways; prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
-    rows = []
-
-    def run(name, close, call, bytes_, max_norm):
-        close.arrive()
-        expected = close.norm()
-        norm = call().item()
-        if abs(norm - expected) > 1e-4 * expected:
-            raise SystemExit(f"{name}: norm {norm}, expected {expected}")
-        for _ in range(2):
-            wall(close, call, 1)
-        row = {
-            "way": name,
-            "clipping": max_norm == ALWAYS,
-            "wall_ms": wall(close, call, options.repeats),
-            "gpu_ms": gpu(close, call, options.repeats),
-            "bytes_per_element": bytes_,
-        }
-        rows.append(row)
-        print(f"{name:44} {row['wall_ms']:8.3f} ms wall {row['gpu_ms']:8.3f} ms GPU  {bytes_} B")
-
+    table = Table(options.repeats)
     for max_norm, due in ((NEVER, "not due"), (ALWAYS, "due")):
-        stock = Close(False)
-        run(
-            f"torch: unscale, clip ({due})", stock, lambda: stock.torch_clip(max_norm), 20, max_norm
-        )
-        run(
-            f"torch: close with fused AdamW ({due})",
-            stock,
-            lambda: stock.torch_step(max_norm),
-            20 + ADAMW_BYTES,
-            max_norm,
-        )
-        del stock
-        torch.cuda.empty_cache()
-        ours = Close(True)
-        accumulator, is_due = ours.accumulator, max_norm == ALWAYS
-
-        def anew(call):
-            accumulator.invalidate()
-            return call()
-
-        def clip():
-            return accumulator.clip_grad_norm_(max_norm)
-
-        def step():
-            return accumulator.step(ours.optimizer, max_norm=max_norm)
-
-        bytes_ = 8 if is_due else 0
-        run(f"ours: clip, statistics valid ({due})", ours, clip, bytes_, max_norm)
-        run(f"ours: clip, statistics anew ({due})", ours, lambda: anew(clip), bytes_ + 4, max_norm)
-        bytes_ = ADAMW_BYTES + 4  # the kernel writes the gradient that it divided
-        run(f"ours: step of fused AdamW ({due})", ours, step, bytes_, max_norm)
-        run(f"ours: step, statistics anew ({due})", ours, lambda: anew(step), bytes_ + 4, max_norm)
-        del ours, accumulator, clip, step, anew
-        torch.cuda.empty_cache()
+        for part in (time_torch, time_ours):
+            part(table, max_norm, due)
+            torch.cuda.empty_cache()
     if options.json:
-        result = {"environment": environment(torch.device("cuda")), "rows": rows}
+        result = {"environment": environment(torch.device("cuda")), "rows": table.rows}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
