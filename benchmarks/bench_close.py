@@ -38,7 +38,7 @@ class Close:
         self.accumulator = gk.attach(self.params) if is_attached else None
         self.scaler = torch.amp.GradScaler("cuda", init_scale=1.0, growth_interval=1 << 30)
         self.scaler.scale(torch.zeros((), device="cuda"))
-        self.optimizer = torch.optim.AdamW(self.params, lr=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(self.params, lr=0.0, fused=True, capturable=True)
         self.arrive()
 
     def arrive(self) -> None:
