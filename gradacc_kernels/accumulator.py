@@ -256,10 +256,10 @@ class Accumulator:
     ) -> Tensor:
         """Averages, clips, checks and steps; then call ``optimizer.zero_grad()``.
 
-        An optimizer that takes ``grad_scale`` and ``found_inf`` (torch's fused ones, and
-        MasterParams over them) divides, clips and skips inside of its kernel: no other pass over
-        memory, and nothing waits for the device. Others get one multi-tensor pass, where there is
-        something to divide or clip, and the host asks whether to skip.
+        Nothing waits for the device with an optimizer that takes ``found_inf`` (torch's fused ones,
+        and MasterParams over them), which skips inside of its kernel and divides a weighted window
+        there too; for others the host asks whether to skip. What is to be clipped is by one
+        multi-tensor pass, which touches nothing where nothing is.
 
         Args:
             optimizer: whose parameters are covered; others among them are stepped as they are.

@@ -93,9 +93,11 @@ def scale_grads_(attachment: Any, factor: Tensor) -> None:
         factor: 0-dim float64, on the device of the first group.
     """
     for group in attachment.groups:
-        grads = [attachment.params[name].grad for name in group.names]
-        mains = [g for g in grads if g is not None and _is_main(g, group)]
-        others = [g for g in grads if g is not None and not _is_main(g, group)]
+        mains, others = [], []
+        for name in group.names:
+            grad = attachment.params[name].grad
+            if grad is not None:
+                (mains if _is_main(grad) else others).append(grad)
         local = factor.to(group.device, non_blocking=group.device.type != "cpu")
         if mains:
             ops.scale_(mains, local.float(), backend=group.backend)
@@ -103,9 +105,9 @@ def scale_grads_(attachment: Any, factor: Tensor) -> None:
             grad.mul_(local)
 
 
-def _is_main(grad: Tensor, group: Any) -> bool:
-    is_dense = grad.layout == torch.strided and checks.is_dense(grad)
-    return grad.dtype == torch.float32 == group.dtype and is_dense
+def _is_main(grad: Tensor) -> bool:
+    is_plain = grad.dtype == torch.float32 and grad.layout == torch.strided
+    return is_plain and (grad.is_contiguous() or checks.is_dense(grad))
 
 
 def are_nonfinite(grads: list[Tensor]) -> Tensor:

@@ -336,8 +336,10 @@ class Window:
             found_inf = torch.maximum(found_inf, (self.weight == 0).float())
         factor = None if max_norm is None else clip_coefficient(norm, max_norm)
 
+        # Without weights a pass of its own is the better one: where nothing is to be clipped it
+        # touches nothing, and the optimizer's kernel, told to divide, writes every gradient back.
         folds = getattr(optimizer, "_step_supports_amp_scaling", False)
-        if folds and (ours == theirs or (factor is None and divisor is None)):
+        if folds and divisor is not None and ours == theirs:
             result = self._step_folded(optimizer, step, divisor, factor, found_inf)
         else:
             self.average_(factor)

@@ -104,12 +104,15 @@ def parameters(dtype=BFLOAT16, device="cpu", float32=True):
 
 
 def give(params, call=1):
-    """Float32 gradients, as attach leaves them; None for one parameter at every third call."""
+    """Float32 gradients in the layout of their parameters, as attach leaves them.
+
+    None for one parameter at every third call.
+    """
     grads = []
     for i, param in enumerate(params):
         param.grad_dtype = None
         skipped = i == 1 and call % 3 == 0
-        param.grad = None if skipped else torch.randn(param.shape, device=param.device)
+        param.grad = None if skipped else torch.randn_like(param, dtype=FLOAT32).detach()
         grads.append(param.grad)
     return grads
 

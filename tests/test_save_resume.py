@@ -109,6 +109,7 @@ def test_what_has_begun_is_remembered(hook):
     assert {key: value.tolist() for key, value in state.items()} == {
         "format": 1,
         "scale": 1.0,
+        "weight": -1.0,
         "micro_batches.0": 2,
         "main_grad.0": [3.0, 3.0],
         "micro_batches.1": 0,
@@ -167,6 +168,7 @@ WRONG = {
     "no state": (lambda state: state.clear(), ValueError, "no state of an Accumulator"),
     "another version": (setting("format", torch.tensor(2)), ValueError, "has format 2"),
     "another scale": (setting("scale", torch.tensor(0.5)), ValueError, "scaled by 0.5"),
+    "a weight below zero": (setting("weight", torch.tensor(-2.0)), ValueError, "the weight -2"),
     "truncated": (lacking("micro_batches.3.weight"), ValueError, "it lacks 3.weight"),
     "a sum too few": (lacking("main_grad.0.bias"), ValueError, "0.bias has the count 1 and no sum"),
     "a count too few": (
