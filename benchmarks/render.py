@@ -14,6 +14,7 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end generated -->
     wgrad DEVICE              weight-gradient GEMMs at three lengths: wgrad_DEVICE.json
     wgrad DEVICE full         at all lengths, with statistics slots and Triton's kernel
     embedding DEVICE          the embedding's part of wgrad_DEVICE.json
+    close DEVICE              closing a window: close_DEVICE.json
 """
 
 from __future__ import annotations
@@ -383,6 +384,17 @@ def embedding_block(device: str) -> str:
     return table(columns, lines, results) + rates_of(results)
 
 
+def close_block(device: str) -> str:
+    """Returns the block ``close DEVICE``."""
+    results = load(f"close_{device}")
+    lines = []
+    for r in results["rows"]:
+        line = [r["way"], str(r["bytes_per_element"])]
+        line += [duration(1000 * r["gpu_ms"]), duration(1000 * r["wall_ms"])]
+        lines.append(bold(line) if r["way"].startswith("ours") else line)
+    return table(["Llama-3.2-1B shapes", "B/element", "GPU", "wall"], lines, results)
+
+
 def rates_of(results: dict) -> str:
     """Returns the sentence that says where the floors come from."""
     rates = results["rates"]
@@ -399,6 +411,7 @@ BLOCKS = {
     "eager": eager_block,
     "wgrad": wgrad_block,
     "embedding": embedding_block,
+    "close": close_block,
 }
 
 
