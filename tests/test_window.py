@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from hook_cases import arrive, backward, batch, every_hook, mlp, parameter
+from hook_cases import Raise, arrive, backward, batch, every_hook, mlp, parameter
 from torch import nn
 from torch.nn import functional as F
 
@@ -515,15 +515,6 @@ def test_a_backward_that_raises_leaves_nothing_held(hook):
     device, backend = hook
     params = [parameter([1.0], device=device) for _ in range(2)]
     accumulator = gk.attach(params, backend=backend, nonfinite="skip_micro_batch")
-
-    class Raise(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            raise ValueError
 
     for explicit in (False, True):
         with pytest.raises(ValueError):
