@@ -88,6 +88,8 @@ class Way:
 
 # Linear
 
+SCALED = "wgrad_accumulate_, inv_scale"
+
 
 class Linear:
     """One set of random tensors of a GEMM.
@@ -97,6 +99,7 @@ class Linear:
         dy, x: of the case's dtype, [T, O] and [T, I].
         half: of that dtype, [O, I].
         slots: statistics slots of main.
+        one: a factor that only the device knows.
     """
 
     def __init__(self, shape: tuple[int, int], n_tokens: int, dtype: torch.dtype, device):
@@ -106,6 +109,7 @@ class Linear:
         self.x = torch.randn((n_tokens, n_in), dtype=dtype, device=device)
         self.half = torch.empty(shape, dtype=dtype, device=device)
         self.slots = torch.zeros(ops.num_chunks(n_out * n_in), device=device)
+        self.one = torch.ones((), device=device)
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         """Returns what may be written: the float32 and the 16-bit result."""
@@ -122,6 +126,11 @@ def wgrad(b: Linear, *, backend: str, store: bool, partials: bool) -> None:
     """Calls ours."""
     slots = b.slots if partials else None
     ops.wgrad_accumulate_(b.main, b.dy, b.x, store=store, partials=slots, backend=backend)
+
+
+def wgrad_scaled(b: Linear, *, backend: str, store: bool) -> None:
+    """Calls ours with a factor of the device, as a loss scale has it."""
+    ops.wgrad_accumulate_(b.main, b.dy, b.x, inv_scale=b.one, store=store, backend=backend)
 
 
 def addmm(b: Linear) -> None:
@@ -164,6 +173,10 @@ def linear_ways(backends: Sequence[str]) -> list[Way]:
             for partials in (False, True):
                 run = partial(wgrad, backend=backend, store=kind == "store", partials=partials)
                 ways.append(Way("wgrad_accumulate_", backend, kind, run, partials))
+        if peers:
+            for kind in ("add", "store"):
+                run = partial(wgrad_scaled, backend=backend, store=kind == "store")
+                ways.append(Way(SCALED, backend, kind, run))
         ways += peers
         peers = []
     two_passes = partial(mm16_and_accumulate, backend=backends[0])

@@ -338,6 +338,7 @@ def wgrad_block(device: str, *options: str) -> str:
     columns = ["main gradient", "add", "/ floor", "addmm", "addmm / add", "store", "/ floor"]
     columns += ["mm, 16-bit out", "store / mm"]
     if is_full:
+        columns += ["add, inv\\_scale", "store, inv\\_scale"]
         columns += ["add + slots", "store + slots", "add, triton", "store, triton", "mm, fp32 out"]
         columns += ["mm + accumulate\\_"]
     lines = []
@@ -353,6 +354,8 @@ def wgrad_block(device: str, *options: str) -> str:
         line += [time_of(mm), *bold([quotient(store, mm)])]
         if is_full:
             others = [
+                pick(f"{name}, inv_scale", "add"),
+                pick(f"{name}, inv_scale", "store"),
                 pick(name, "add", True),
                 pick(name, "store", True),
                 pick(name, "add", backend="triton"),

@@ -9,7 +9,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from types import ModuleType
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc_kernels import dispatch
+from gradacc_kernels import checks, dispatch
 from gradacc_kernels.reference import in_layout_of
 from gradacc_kernels.window_cast import WindowCast
 
@@ -65,6 +65,25 @@ class _Queue:
     entries: list[tuple[_Param, Tensor]] = field(default_factory=list)
     nbytes: int = 0
     batch: int = 0  # counts the launches
+
+
+@dataclass
+class Measured:
+    """The statistics of the ``.grad`` of some parameters: see :func:`ops.grad_stats`."""
+
+    indices: list[int]
+    sums: Tensor
+    norm: Tensor
+    found_inf: Tensor
+
+
+def as_main(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns what kernels take for whatever the user may have put into ``.grad``."""
+    is_plain = grad.dtype == dtype and grad.layout == torch.strided and not grad.requires_grad
+    if is_plain and checks.is_dense(grad) and not grad.is_neg() and not grad._is_zerotensor():
+        return grad
+    values = grad if grad.layout == torch.strided else grad.to_dense()
+    return torch.empty(grad.shape, dtype=dtype, device=grad.device).copy_(values)
 
 
 def _is_watched(param: Tensor) -> bool:
@@ -250,6 +269,47 @@ class PythonHooks:
             and grad._version == param.statistics_version
         )
 
+    @torch.no_grad()
+    def measure(self, from_slots: bool, indices: Iterable[int] | None) -> list[Measured]:
+        """Measures the ``.grad`` of all parameters, or of some, in up to two parts.
+
+        Args:
+            from_slots: read the slots that describe it, where there are such.
+            indices: of which parameters; None for all.
+        """
+        values: dict[int, Tensor] = {}
+        slots: dict[int, Tensor] = {}
+        with self._lock:
+            for index in range(len(self._params)) if indices is None else indices:
+                param = self._params[index]
+                grad = param.variable.grad
+                if grad is None:
+                    continue
+                if from_slots and self._are_statistics_valid(param):
+                    slots[index] = param.partials
+                else:
+                    values[index] = as_main(grad, param.main.dtype)
+            return [
+                Measured(list(part), *self.backend.grad_stats(list(part.values()), part is slots))
+                for part in (values, slots)
+                if part
+            ]
+
+    @torch.no_grad()
+    def scale(self, factor: Tensor) -> None:
+        """Multiplies every ``.grad``: grad = grad * factor, a 0-dim float64 of the device."""
+        with self._lock:
+            mains = []
+            for param in self._params:
+                grad = param.variable.grad
+                if grad is None:
+                    continue
+                if as_main(grad, torch.float32) is grad:
+                    mains.append(grad)
+                else:
+                    grad.mul_(factor)
+            self.backend.scale_(mains, factor.float())
+
     def current(self, index: int) -> Tensor | None:
         """Returns what a parameter's window has summed so far: main, unless .grad is another."""
         param = self._params[index]
@@ -306,13 +366,13 @@ class PythonHooks:
                 if self._removed:
                     self._hand_back(queue.entries)
                     continue
-                batch: list[tuple[_Param, Tensor]] = []
+                batch: dict[int, tuple[_Param, Tensor]] = {}
                 for entry in queue.entries:
-                    if any(entry[0] is param for param, _ in batch):
-                        self._commit(batch, queue.graph_task)
-                        batch = []
-                    batch.append(entry)
-                self._commit(batch, queue.graph_task)
+                    if id(entry[0]) in batch:
+                        self._commit(list(batch.values()), queue.graph_task)
+                        batch = {}
+                    batch[id(entry[0])] = entry
+                self._commit(list(batch.values()), queue.graph_task)
 
     def drop_held(self) -> None:
         """Drops the gradients that wait."""

@@ -12,22 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc_kernels import checks, ops
-
 
 @dataclass(frozen=True)
 class Statistics:
     """Of the gradients of some parameters, as they stand in ``.grad``.
 
     Attributes:
-        sums: by parameter name, the 0-dim sum of squares; NaN where an element is not finite.
+        parts: names of parameters, and the sums of squares of theirs, of shape [n]; NaN where an
+            element is not finite.
         norm: 0-dim, on the device of the first group; NaN as the sums.
         found_inf: 0-dim float32 on that device: 1 where the norm is NaN, else 0.
     """
 
-    sums: dict[str, Tensor]
+    parts: list[tuple[list[str], Tensor]]
     norm: Tensor
     found_inf: Tensor
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The sum of squares of each parameter by its name, 0-dim, on its device."""
+        return {
+            name: value
+            for names, sums in self.parts
+            for name, value in zip(names, sums.unbind(), strict=True)
+        }
 
 
 def measure(
@@ -42,47 +50,28 @@ def measure(
     """
     wanted = None if params is None else set(map(id, params))
     device = attachment.groups[0].device
-    sums, norms, verdicts = {}, [], []
+    parts, norms, verdicts = [], [], []
     for group in attachment.groups:
-        grads, slots = {}, {}
-        for index, name in enumerate(group.names):
-            param = attachment.params[name]
-            if param.grad is None or (wanted is not None and id(param) not in wanted):
-                continue
-            if from_slots and group.hooks.statistics_valid(index):
-                slots[name] = group.buffer.slots[index]
-            else:
-                grads[name] = as_main(param.grad.detach(), group.dtype)
-        for tensors, kind in ((grads, "main_grads"), (slots, "partials")):
-            if not tensors:
-                continue
-            each, norm, verdict = ops.grad_stats(
-                **{kind: list(tensors.values())}, backend=group.backend
-            )
-            sums.update(zip(tensors, each.unbind(), strict=True))
+        indices = None
+        if wanted is not None:
+            named = enumerate(map(attachment.params.get, group.names))
+            indices = [index for index, param in named if id(param) in wanted]
+        for part in group.hooks.measure(from_slots, indices):
+            parts.append(([group.names[index] for index in part.indices], part.sums))
             # A copy to the CPU that does not wait would be read before it is there.
             is_free = device.type != "cpu"
-            norms.append(norm.to(device, non_blocking=is_free))
-            verdicts.append(verdict.to(device, non_blocking=is_free))
+            norms.append(part.norm.to(device, non_blocking=is_free))
+            verdicts.append(part.found_inf.to(device, non_blocking=is_free))
     if not norms:
         zero = torch.zeros((), dtype=torch.float32, device=device)
-        return Statistics(sums, zero, zero.clone())
+        return Statistics(parts, zero, zero.clone())
     if len(norms) == 1:
-        return Statistics(sums, norms[0], verdicts[0])
+        return Statistics(parts, norms[0], verdicts[0])
     dtype = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
     norm = torch.linalg.vector_norm(torch.stack([norm.to(dtype) for norm in norms]))
-    return Statistics(sums, norm, torch.stack(verdicts).amax())
+    return Statistics(parts, norm, torch.stack(verdicts).amax())
 
 
-def as_main(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor that grad_stats takes, for whatever the user may have put into ``.grad``."""
-    if grad.layout != torch.strided:
-        grad = grad.to_dense()
-    grad = grad.to(dtype)
-    return grad if grad.numel() == 0 or checks.is_dense(grad) else grad.contiguous()
-
-
-@torch.no_grad()
 def scale_grads_(attachment: Any, factor: Tensor) -> None:
     """Multiplies ``.grad`` of all covered parameters: grad = grad * factor.
 
@@ -93,21 +82,7 @@ def scale_grads_(attachment: Any, factor: Tensor) -> None:
         factor: 0-dim float64, on the device of the first group.
     """
     for group in attachment.groups:
-        mains, others = [], []
-        for name in group.names:
-            grad = attachment.params[name].grad
-            if grad is not None:
-                (mains if _is_main(grad) else others).append(grad)
-        local = factor.to(group.device, non_blocking=group.device.type != "cpu")
-        if mains:
-            ops.scale_(mains, local.float(), backend=group.backend)
-        for grad in others:
-            grad.mul_(local)
-
-
-def _is_main(grad: Tensor) -> bool:
-    is_plain = grad.dtype == torch.float32 and grad.layout == torch.strided
-    return is_plain and (grad.is_contiguous() or checks.is_dense(grad))
+        group.hooks.scale(factor.to(group.device, non_blocking=group.device.type != "cpu"))
 
 
 def are_nonfinite(grads: list[Tensor]) -> Tensor:

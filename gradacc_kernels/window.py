@@ -56,6 +56,7 @@ class Window:
         self._n_weighted = 0  # backwards of the window that had a weight
         self._first_bad = torch.zeros((), dtype=torch.int64, device=device)
         self.has_skipped = torch.zeros((), dtype=torch.float32, device=device)
+        self._inv_scales: dict[torch.device, Tensor] = {}  # what they are without a weight
 
     @property
     def attachment(self) -> Any:
@@ -72,17 +73,21 @@ class Window:
         if self.is_open:
             raise RuntimeError("micro_batch: expected none under way, got one inside of another")
         before = self._begin(weight)
-        with self._factor(weight):
-            self.is_open = True
-            try:
+        good = None
+        self.is_open = True
+        try:
+            if self.nonfinite == "skip_micro_batch":
                 yield
-                good = self.commit_held()
-            except BaseException:
-                for group in attachment.groups:
-                    group.hooks.drop_held()
-                raise
-            finally:
-                self.is_open = False
+                good = self.commit_held(weight)
+            else:
+                with self._factor(weight):
+                    yield
+        except BaseException:
+            for group in attachment.groups:
+                group.hooks.drop_held()
+            raise
+        finally:
+            self.is_open = False
         if weight is not None:
             self._n_weighted += attachment.micro_batches() - before
             counted = weight if good is None else good * weight
@@ -130,24 +135,27 @@ class Window:
         return count
 
     @contextlib.contextmanager
-    def _factor(self, weight: float | Tensor | None) -> Iterator[None]:
-        """Has what arrives multiplied by the weight, on top of inv_scale."""
-        attachment = self.attachment
-        if weight is None and self.nonfinite != "skip_micro_batch":
+    def _factor(self, *factors: float | Tensor | None) -> Iterator[None]:
+        """Has what is added meanwhile multiplied by these, on top of inv_scale; None for 1."""
+        factors = [factor for factor in factors if factor is not None]
+        if not factors:
             yield
             return
+        attachment = self.attachment
         attachment.use_inv_scale()
-        factors = list(attachment.inv_scales().values())
-        before = [factor.clone() for factor in factors]
-        if weight is not None:
+        inv_scales = attachment.inv_scales()
+        for device, inv_scale in inv_scales.items():
+            if device not in self._inv_scales:
+                self._inv_scales[device] = torch.empty_like(inv_scale)
+            self._inv_scales[device].copy_(inv_scale)
             for factor in factors:
-                is_far = isinstance(weight, Tensor) and weight.device != factor.device
-                factor.mul_(weight.to(factor.device, non_blocking=True) if is_far else weight)
+                is_far = isinstance(factor, Tensor) and factor.device != device
+                inv_scale.mul_(factor.to(device, non_blocking=True) if is_far else factor)
         try:
             yield
         finally:
-            for factor, value in zip(factors, before, strict=True):
-                factor.copy_(value)
+            for device, inv_scale in inv_scales.items():
+                inv_scale.copy_(self._inv_scales[device])
 
     def move(self, device: torch.device) -> None:
         """Follows the parameters to another device."""
@@ -187,8 +195,8 @@ class Window:
 
     # What is not finite
 
-    def commit_held(self) -> Tensor | None:
-        """Adds what skip_micro_batch holds, where all of it is finite.
+    def commit_held(self, weight: float | Tensor | None = None) -> Tensor | None:
+        """Adds what skip_micro_batch holds, times a weight, where all of it is finite.
 
         Returns:
             1 where it was added, 0 where it was dropped, both on the device; None where nothing is
@@ -202,15 +210,9 @@ class Window:
         device = self.weight.device
         verdicts = [are_nonfinite(grads).to(device, non_blocking=True) for _, grads in held]
         good = 1 - (verdicts[0] if len(verdicts) == 1 else torch.stack(verdicts).amax())
-        factors = list(attachment.inv_scales().values())
-        before = [factor.clone() for factor in factors]
-        # A factor of 0 leaves main gradients as they are.
-        for factor in factors:
-            factor.mul_(good.to(factor.device, non_blocking=True))
-        for group, _ in held:
-            group.hooks.commit_held()
-        for factor, value in zip(factors, before, strict=True):
-            factor.copy_(value)
+        with self._factor(weight, good):  # a factor of 0 leaves main gradients as they are
+            for group, _ in held:
+                group.hooks.commit_held()
         self.skipped_micro_batches.add_((1 - good).to(torch.int64))
         self.has_skipped.copy_(torch.maximum(self.has_skipped, 1 - good))
         return good
@@ -243,10 +245,10 @@ class Window:
 
     def raise_if_nonfinite(self) -> None:
         """Waits for the device; raises what nonfinite="raise" does."""
-        if not self._first_bad.item() and not measure(self.attachment, from_slots=True).found_inf:
+        measured = measure(self.attachment, from_slots=True)
+        if not self._first_bad.item() and not measured.found_inf:
             return
-        sums = measure(self.attachment, from_slots=True).sums
-        names = [name for name, value in sums.items() if value.isnan()]
+        names = [name for name, value in measured.sums.items() if value.isnan()]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise FloatingPointError(
             f"step: micro-batch {self._first_bad.item() or 'unknown'} of "

@@ -22,6 +22,7 @@
 
 #include "../bindings/checks.h"
 #include "../bindings/layout.h"
+#include "../bindings/ops.h"
 #include "uses.h"
 
 namespace gradacc {
@@ -169,6 +170,21 @@ bool is_reduced(const autograd::Node& leaf) {
   });
 }
 
+// Whether kernels take a `.grad`, into which the user may have put anything, as it is.
+bool is_main(const at::Tensor& grad) {
+  return grad.scalar_type() == at::kFloat && grad.layout() == at::kStrided &&
+         grad.is_non_overlapping_and_dense() && !grad.is_neg() && !grad._is_zerotensor() &&
+         !grad.requires_grad();
+}
+
+// The values of a `.grad` as kernels take them.
+at::Tensor as_main(const at::Tensor& grad) {
+  if (is_main(grad)) return grad;
+  const at::Tensor values = grad.layout() == at::kStrided ? grad : grad.to_dense();
+  return at::empty(grad.sizes(), grad.options().layout(at::kStrided).dtype(at::kFloat))
+      .copy_(values);
+}
+
 std::optional<c10::Stream> current_stream(at::Device device) {
   if (device.is_cpu()) return std::nullopt;
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
@@ -301,6 +317,72 @@ bool GradHooks::are_statistics_valid(const Param& param) const {
   const at::Tensor& grad = param.variable.mutable_grad();
   return grad.defined() && grad.is_same(param.exposed) && is_ours(grad, param) &&
          param.statistics_version == static_cast<int64_t>(grad._version());
+}
+
+std::vector<Statistics> GradHooks::measure(bool from_slots,
+                                           const std::optional<std::vector<int64_t>>& indices) {
+  const Lock lock(*this);
+  const at::NoGradGuard no_grad;
+  Statistics statistics;
+  std::vector<Squares> squares;  // to be computed: into slots, or into scratch
+  std::vector<Slots> slots;
+  std::vector<at::Tensor> alive;
+  // What a graph being captured would write is not written now.
+  const bool renews = from_slots && backend_.capture_id(device_) == 0;
+  const auto visit = [&](int64_t index) {
+    Param& param = params_.at(index);
+    const at::Tensor& grad = param.variable.mutable_grad();
+    if (!grad.defined()) return;
+    statistics.indices.push_back(index);
+    const int64_t numel = param.main.numel();
+    auto* partials = static_cast<float*>(param.partials.data_ptr());
+    const bool is_view = grad.is_same(param.exposed) && is_ours(grad, param);
+    if (from_slots && are_statistics_valid(param)) {
+      slots.push_back({partials, num_chunks(numel)});
+      return;
+    }
+    if (renews && is_view) {
+      param.statistics_version = static_cast<int64_t>(grad._version());
+    } else {
+      alive.push_back(at::empty({num_chunks(numel)}, param.partials.options()));
+      partials = static_cast<float*>(alive.back().data_ptr());
+    }
+    const at::Tensor values = as_main(grad);
+    squares.push_back({static_cast<float*>(values.data_ptr()), partials, numel});
+    slots.push_back({partials, num_chunks(numel)});
+    if (!values.is_same(grad)) alive.push_back(values);
+  };
+  if (indices) {
+    for (const int64_t index : *indices) visit(index);
+  } else {
+    for (size_t i = 0; i < params_.size(); ++i) visit(static_cast<int64_t>(i));
+  }
+  if (slots.empty()) return {};
+  const auto options = inv_scale_.options();
+  statistics.sums = at::empty({static_cast<int64_t>(slots.size())}, options);
+  statistics.norm = at::empty({}, options);
+  statistics.found_inf = at::empty({}, options);
+  if (!squares.empty()) backend_.sum_of_squares(squares, device_);
+  backend_.reduce(slots, static_cast<float*>(statistics.sums.data_ptr()),
+                  static_cast<float*>(statistics.norm.data_ptr()),
+                  static_cast<float*>(statistics.found_inf.data_ptr()), device_);
+  return {std::move(statistics)};
+}
+
+void GradHooks::scale(const at::Tensor& factor) {
+  const Lock lock(*this);
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> mains;
+  for (const Param& param : params_) {
+    const at::Tensor& grad = param.variable.mutable_grad();
+    if (!grad.defined()) continue;
+    if (is_main(grad)) {
+      mains.push_back(grad);
+    } else {
+      grad.mul_(factor);
+    }
+  }
+  gradacc::scale_(mains, factor.to(at::kFloat));
 }
 
 std::optional<at::Tensor> GradHooks::current(int64_t index) {

@@ -39,6 +39,15 @@ struct MainGrad {
   bool store;
 };
 
+// Of the `.grad` of some parameters: the sum of squares of each, the norm of them all, and 1 where
+// an element is not finite. Sums and norm are NaN then.
+struct Statistics {
+  std::vector<int64_t> indices;
+  at::Tensor sums;
+  at::Tensor norm;
+  at::Tensor found_inf;
+};
+
 // Raises where DistributedDataParallel reduces the gradients of a 16-bit parameter, which it cannot
 // do in float32.
 void check_not_reduced(const at::Tensor& param);
@@ -85,6 +94,12 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   bool use_inv_scale();
   // Whether the slots of a parameter describe its `.grad`, as far as version counters tell.
   bool statistics_valid(int64_t index);
+  // Measures the `.grad` of all parameters, or of some: in one part, or none where none has one.
+  // from_slots: reads the slots that describe it, and renews the others.
+  std::vector<Statistics> measure(bool from_slots,
+                                  const std::optional<std::vector<int64_t>>& indices);
+  // .grad = .grad * factor, a device scalar. Nothing is written where it is 1.
+  void scale(const at::Tensor& factor);
   // What the parameter's window has summed so far, or none: main, unless `.grad` is another tensor.
   std::optional<at::Tensor> current(int64_t index);
   // How many backwards have added to what the window has summed. It begins where `.grad` is none,

@@ -120,6 +120,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_isa", &gradacc::cpu::isa);
   m.def("select_cpu_isa", &gradacc::cpu::select_isa);
 
+  py::class_<gradacc::Statistics>(m, "Statistics")
+      .def_readonly("indices", &gradacc::Statistics::indices)
+      .def_readonly("sums", &gradacc::Statistics::sums)
+      .def_readonly("norm", &gradacc::Statistics::norm)
+      .def_readonly("found_inf", &gradacc::Statistics::found_inf);
   py::class_<GradHooks, std::shared_ptr<GradHooks>>(m, "GradHooks")
       .def(py::init<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>,
                     double, at::Tensor, int64_t, int64_t>())
@@ -129,6 +134,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("invalidate", &GradHooks::invalidate, NoGil())
       .def("use_inv_scale", &GradHooks::use_inv_scale, NoGil())
       .def("statistics_valid", &GradHooks::statistics_valid, NoGil())
+      .def("measure", &GradHooks::measure, NoGil())
+      .def("scale", &GradHooks::scale, NoGil())
       .def("current", &GradHooks::current, NoGil())
       .def("micro_batches", &GradHooks::micro_batches, NoGil())
       .def("most_micro_batches", &GradHooks::most_micro_batches, NoGil())
