@@ -33,7 +33,8 @@ PEERS = (
         "18",
         "float32 parameters 4, their 16-bit copies 2 (inside of autocast), float32 gradients 4, "
         "AdamW 8",
-        "https://huggingface.co/docs/transformers/model_memory_anatomy",
+        "https://github.com/huggingface/transformers/blob/249ef8164cfbd8e288c2f6d8395539b9e90e8300/"
+        "docs/source/en/model_memory_anatomy.md",
         True,
     ),
     Peer(
@@ -64,7 +65,8 @@ PEERS = (
         "18 or 20",
         "bf16 parameters 2, float32 gradients 4, float32 parameters 4, Adam 8, and bf16 gradients "
         "2 where they are kept",
-        "https://github.com/deepspeedai/DeepSpeed/blob/master/deepspeed/runtime/bf16_optimizer.py",
+        "https://github.com/deepspeedai/DeepSpeed/blob/0acdb021c71edb33a637ee60ff54425279cd08bc/"
+        "deepspeed/runtime/bf16_optimizer.py",
         False,
     ),
     Peer(
@@ -81,7 +83,8 @@ PEERS = (
         "16",
         "fp16 parameters 2, fp16 gradients 2, float32 master weights 4, Adam 8; gradients are "
         "summed in fp16",
-        "https://github.com/NVIDIA/apex/blob/master/apex/optimizers/fused_adam.py",
+        "https://github.com/NVIDIA/apex/blob/004da4edfc08853393bfc8ef3e2436f652176f13/apex/"
+        "optimizers/fused_adam.py",
         False,
     ),
     Peer(
@@ -89,8 +92,9 @@ PEERS = (
         "14 or 16",
         "bf16 parameters 2, the other 16 bits of the masters 2, Adam 8, gradients 2 or 4 as they "
         "are given",
-        "https://github.com/NVIDIA/TransformerEngine/blob/main/transformer_engine/pytorch/"
-        "optimizers/fused_adam.py",
+        "https://github.com/NVIDIA/TransformerEngine/blob/"
+        "04912bf024514826f31cc02485d396974af68516/transformer_engine/pytorch/optimizers/"
+        "fused_adam.py",
         False,
     ),
 )
