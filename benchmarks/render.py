@@ -15,6 +15,8 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end generated -->
     wgrad DEVICE full         at all lengths, with statistics slots and Triton's kernel
     embedding DEVICE          the embedding's part of wgrad_DEVICE.json
     close DEVICE              closing a window: close_DEVICE.json
+    memory DEVICE             bytes a parameter: memory_DEVICE.json, and memory_peers.py
+    master_params DEVICE      losses with float32 masters: master_params_DEVICE.json
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
+
+from memory_peers import PEERS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -398,6 +402,86 @@ def close_block(device: str) -> str:
     return table(["Llama-3.2-1B shapes", "B/element", "GPU", "wall"], lines, results)
 
 
+MEMORY_FAMILIES = {
+    "autocast": "float32 parameters under autocast",
+    "bf16": "bfloat16 parameters",
+}
+
+
+def memory_block(device: str) -> str:
+    """Returns the block ``memory DEVICE``: what was measured, then what peers document."""
+    results = load(f"memory_{device}")
+    columns = ["bytes a parameter, AdamW", "parameters", "gradients", "masters", "moments"]
+    columns += ["rest", "held", "peak of a micro-batch", "of a step"]
+    lines = []
+    for family, title in MEMORY_FAMILIES.items():
+        lines.append([f"*{title}*", *(len(columns) - 1) * [""]])
+        for r in results["rows"]:
+            if r["family"] == family:
+                line = [escape(r["way"]), *memory_cells(r)]
+                lines.append(bold(line) if r["way"].startswith("attach") else line)
+    return table(columns, lines, results) + "\n" + peers_table()
+
+
+def memory_cells(result: dict) -> list[str]:
+    """Returns a row's bytes a parameter; statistics slots are counted with the gradients."""
+    named, n = result["named_bytes"], result["elements"]
+    parts = [
+        named["parameters"],
+        named["gradients"] + named["statistics"],
+        named["masters"],
+        named["optimizer_state"],
+        result["rest_bytes"],
+        result["held_bytes"],
+        result["micro_batch_peak_bytes"],
+        result["step_peak_bytes"],
+    ]
+    return [f"{part / n:.2f}" if part else "" for part in parts]
+
+
+def peers_table() -> str:
+    """Returns the table of what other libraries hold, by their documents and sources."""
+    lines = [["documented, not measured", "bytes a parameter", "what is held", "source"]]
+    for peer in PEERS:
+        source = f"[{'stated' if peer.is_stated else 'by its code'}]({peer.source})"
+        lines.append([escape(peer.name), peer.bytes_per_param, escape(peer.held), source])
+    head, *body = map(table_line, lines)
+    return "\n".join([head, "|---|--:|---|---|", *body]) + "\n"
+
+
+WAYS_OF_MASTERS = {
+    "float32": "float32",
+    "float32, autocast": "float32 under autocast",
+    "masters": "bfloat16, attach, MasterParams",
+    "low bits": "bfloat16, attach, MasterParams(low_bits=True)",
+    "masters, 16-bit sum": "bfloat16, PyTorch's .grad, MasterParams",
+    "16-bit AdamW": "bfloat16, PyTorch's .grad, AdamW",
+}
+
+
+def master_params_block(device: str) -> str:
+    """Returns the block ``master_params DEVICE``."""
+    results = load(f"master_params_{device}")
+    config = results["config"]
+    columns = [f"{config['windows']} windows of {config['micro_batches']}"]
+    columns += ["last loss", "held-out loss", "mean distance", "largest distance"]
+    columns.append("held-out loss over float32's, by seed")
+    lines = []
+    for s in results["summary"]:
+        ratios = [f"{ratio - 1:+.2%}" for ratio in s["held_out_over_reference"]]
+        same = s["same_bits_as_masters"]
+        name = WAYS_OF_MASTERS[s["way"]]
+        if same is not None:
+            name += f" ({'the same bits' if same else 'other bits'})"
+        line = [escape(name), f"{s['final']:.4f}", f"{s['held_out']:.4f}"]
+        if s["way"] == "float32":
+            line += ["", "", ""]
+        else:
+            line += [f"{s['mean_apart']:.2%}", f"{s['most_apart']:.2%}", ", ".join(ratios)]
+        lines.append(bold(line) if s["way"] in ("masters", "low bits") else line)
+    return table(columns, lines, results)
+
+
 def rates_of(results: dict) -> str:
     """Returns the sentence that says where the floors come from."""
     rates = results["rates"]
@@ -415,6 +499,8 @@ BLOCKS = {
     "wgrad": wgrad_block,
     "embedding": embedding_block,
     "close": close_block,
+    "memory": memory_block,
+    "master_params": master_params_block,
 }
 
 
