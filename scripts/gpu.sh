@@ -4,6 +4,8 @@
 #   tests        the tests marked gpu, and tests/gpu_record.json
 #   accumulate   the elementwise kernels            training     a micro-batch in CUDA graphs
 #   wgrad        weight gradients, embeddings       eager        training loops, and their memory
+#   close        closing a window                   memory       bytes a parameter
+#   master_params  training with float32 masters
 #
 # Builds the extension in place first, for the GPU that is there, unless one lies there already.
 # Exits with 1 when a part failed; the others run all the same.
@@ -41,6 +43,9 @@ for part in "$@"; do
     accumulate) benchmark accumulate benchmarks/bench_accumulate.py ;;
     training) benchmark training benchmarks/bench_training.py ;;
     wgrad) benchmark wgrad benchmarks/bench_wgrad.py ;;
+    close) benchmark close benchmarks/bench_close.py ;;
+    memory) benchmark memory benchmarks/bench_memory.py ;;
+    master_params) benchmark master_params benchmarks/bench_master_params.py ;;
     eager) benchmark eager benchmarks/bench_training.py --eager ;;
     *)
       echo "gpu.sh: unknown part $part" >&2
