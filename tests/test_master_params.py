@@ -82,7 +82,7 @@ class ByHand:
 
     def __init__(self, params, optimizer_class, groups=None, **options):
         self.params = list(params)
-        self.masters = [p.detach().to(FLOAT32) for p in self.params]
+        self.masters = [p.detach().to(FLOAT32, copy=True) for p in self.params]
         groups = [{"params": self.masters}] if groups is None else groups(self.masters)
         self.optimizer = optimizer_class(groups, **options)
 
