@@ -52,8 +52,8 @@ class MasterParams(torch.optim.Optimizer):
         low_bits: keep of the master of a bfloat16 parameter only the 16 bits that the parameter
             lacks: 2 bytes an element less, and the same values bit for bit. The optimizer is
             stepped once for each bucket of 64M elements, so it must step every parameter by itself:
-            one that measures all of them together (LBFGS, Prodigy), or keeps a reference to a
-            parameter's memory, needs whole masters.
+            one that measures all of them together (LBFGS, Prodigy), keeps a reference to a
+            parameter's memory, or moves parameters before it calls a closure, needs whole masters.
         **options: of the optimizer: its learning rate and so on.
 
     Attributes:
@@ -128,8 +128,8 @@ class MasterParams(torch.optim.Optimizer):
         masters = self._masters
 
         def evaluate():
-            # An optimizer that asks a second time has moved its parameters.
-            self._write([param for param in masters if masters[param].grad is not None])
+            # The optimizer may have moved its parameters, also those that have no gradient yet.
+            self._write(masters)
             with torch.enable_grad():
                 loss = closure()
             self._lend(masters)

@@ -676,6 +676,37 @@ def test_lbfgs_sees_the_parameters_move():
     assert ours.state[param]["func_evals"] == plain.state[twin]["func_evals"] > 2
 
 
+class Extrapolating(optim.SGD):
+    """An optimizer of others that asks for the gradient beside where it steps from."""
+
+    def step(self, closure):
+        params = [p for group in self.param_groups for p in group["params"]]
+        with torch.no_grad():
+            torch._foreach_add_(params, 1.0)
+        loss = closure()
+        with torch.no_grad():
+            torch._foreach_sub_(params, 1.0)
+        super().step()
+        return loss
+
+
+def test_a_closure_sees_parameters_that_were_moved_before_it():
+    """Also where they had no gradients then."""
+    params = parameters()
+    hand = ByHand(params, Extrapolating, lr=0.1)
+    optimizer = gk.MasterParams(params, Extrapolating, lr=0.1)
+
+    def closure():
+        assert_same(params, hand.values())
+        for param, master, grad in zip(params, hand.masters, give(params), strict=True):
+            param.grad, master.grad = grad, grad.clone()
+
+    for _ in range(3):
+        hand.optimizer.step(lambda: optimizer.step(closure))
+        optimizer.zero_grad()
+        assert_same(params, hand.values())
+
+
 class Counting(optim.Optimizer):
     """An optimizer of others: a counter and a sum in its groups, and `p.data = ...`."""
 
