@@ -206,12 +206,15 @@ class MasterParams(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: as the constructor and the optimizer inside; nothing was changed.
         """
+        if self.inner is not None:  # else the constructor makes it with all groups
+            self._push_groups()
+            self._push_state()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             for param in group["params"]:
                 _check(param, self.low_bits)
-            if self.inner is None:  # the constructor makes it with all groups
+            if self.inner is None:
                 return
             self._make_masters(group["params"])
             self.inner.add_param_group({**group, "params": self._inner_params(group)})

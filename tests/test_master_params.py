@@ -538,6 +538,10 @@ def test_a_group_that_is_added(low_bits):
     optimizer = gk.MasterParams(params[:4], optim.AdamW, lr=0.1, low_bits=low_bits)
     for i in range(4):
         if i == 2:
+            # What others have changed since the last step stays, as by a schedule.
+            for each in (optimizer, hand.optimizer):
+                each.param_groups[0]["lr"] = 0.3
+                each.state.clear()
             hand.optimizer.add_param_group({"params": hand.masters[4:], "lr": 0.05})
             optimizer.add_param_group({"params": (p for p in params[4:]), "lr": 0.05})
         hand.step(give(params))
