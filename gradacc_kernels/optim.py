@@ -149,20 +149,25 @@ class MasterParams(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        owners = {param for param in params if param not in self._masters}
-        buckets = _buckets([param for param in self._masters if param.grad is not None])
+        stepped = [param for param in self._masters if param.grad is not None]
+        self._call_on_buckets(self.inner.step, stepped)
+        return loss
+
+    def _call_on_buckets(self, method: Callable[[], Any], params: Iterable[Tensor]) -> None:
+        """Calls a method of the optimizer inside on masters from low bits, bucket by bucket."""
+        every = chain.from_iterable(group["params"] for group in self.param_groups)
+        owners = {param for param in every if param not in self._masters}
+        buckets = _buckets(params)
         if owners or not buckets:
             self._push_groups(owners)
-            self.inner.step()
+            method()
         for bucket in buckets:
             # Every bucket starts from the same hyper-parameters, so that an optimizer that counts
             # its steps in them counts one.
             self._push_groups(set(bucket))
-            self._step_bucket(bucket)
-        return loss
+            self._call_on_bucket(method, bucket)
 
-    def _step_bucket(self, params: list[Tensor]) -> None:
+    def _call_on_bucket(self, method: Callable[[], Any], params: list[Tensor]) -> None:
         masters = [self._masters[param] for param in params]
         lows = [self._lows[param] for param in params]
         flat, views = _join(params, lows)
@@ -170,7 +175,7 @@ class MasterParams(torch.optim.Optimizer):
             master.data = view
         self._lend(params)
         try:
-            self.inner.step()
+            method()
             for master, view in zip(masters, views, strict=True):
                 if master.data_ptr() != view.data_ptr():  # `p.data = ...` instead of a write
                     view.copy_(master.data)
@@ -178,6 +183,39 @@ class MasterParams(torch.optim.Optimizer):
         finally:
             self._take_back(params)
             self._release(params)
+
+    def train(self) -> None:
+        """Has the parameters be those that a schedule-free optimizer steps, rounded.
+
+        Nothing happens where the optimizer inside has no such method.
+        """
+        self._switch("train", True)
+
+    def eval(self) -> None:
+        """Has the parameters be the average that a schedule-free optimizer keeps, rounded.
+
+        Nothing happens where the optimizer inside has no such method.
+        """
+        self._switch("eval", False)
+
+    def _switch(self, name: str, train_mode: bool) -> None:
+        method = getattr(self.inner, name, None)
+        # Trainers call train() before every micro-batch: where the groups tell that nothing would
+        # change, no master is touched.
+        modes = {group.get("train_mode") for group in self.param_groups}
+        if method is None or modes == {train_mode}:
+            return
+        self._follow()
+        self._push_state()
+        try:
+            if self.low_bits:
+                self._call_on_buckets(method, self._masters)
+            else:
+                self._push_groups()
+                method()
+                self._write(self._masters)
+        finally:
+            self._pull()
 
     def refresh_masters(self) -> None:
         """Makes every master its parameter's value as it is now: master = float32(param).

@@ -745,6 +745,52 @@ def test_an_optimizer_that_keeps_state_in_its_groups(low_bits, small_buckets):
     assert_same_state(optimizer, hand.optimizer)
 
 
+class Swapping(optim.SGD):
+    """An optimizer of others that is evaluated at other parameters, and counts in its groups."""
+
+    @torch.no_grad()
+    def train(self):
+        for group in self.param_groups:
+            group["switches"] = group.get("switches", 0) + 1
+            for p in group["params"]:
+                p.mul_(4 / 3)
+
+    @torch.no_grad()
+    def eval(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(3 / 4)
+
+
+@every_mode
+def test_train_and_eval_swap_the_parameters(low_bits, small_buckets):
+    """Of all parameters, with gradients and without."""
+    params = parameters()
+    hand = ByHand(params, Swapping, lr=0.1, momentum=0.9)
+    optimizer = gk.MasterParams(params, Swapping, lr=0.1, momentum=0.9, low_bits=low_bits)
+    for i in range(4):
+        hand.step(give(params, i))
+        optimizer.step()
+        for mode in ("eval", "train"):
+            getattr(hand.optimizer, mode)()
+            getattr(optimizer, mode)()
+            assert_same(params, hand.values())
+    assert optimizer.param_groups[0]["switches"] == 4
+    assert_same_state(optimizer, hand.optimizer)
+    if low_bits:
+        assert storage_bytes(optimizer._masters.values()) == 0
+
+
+@every_mode
+def test_train_and_eval_leave_the_parameters_of_other_optimizers(low_bits):
+    params = parameters()
+    optimizer = gk.MasterParams(params, optim.AdamW, low_bits=low_bits)
+    versions = [p._version for p in params]
+    optimizer.eval()
+    optimizer.train()
+    assert [p._version for p in params] == versions
+
+
 @every_mode
 def test_a_learning_rate_that_is_a_tensor(low_bits, small_buckets):
     params = parameters()
