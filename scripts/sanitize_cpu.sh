@@ -53,7 +53,8 @@ rm -f report.*
 # Left out: what starts processes or compilers, what runs no C++ of ours, and what counts memory, of
 # which AddressSanitizer keeps the freed.
 ignored=()
-for name in compile dispatch docs leaks processes python_fused real_loops reference tune; do
+for name in compile dispatch docs leaks libraries processes python_fused real_loops reference \
+  tune; do
   ignored+=("--ignore-glob=*/test_*$name*.py")
 done
 deselected='triton or cpu-reference or reference-cpu or new_process or free_their_sums'

@@ -39,12 +39,12 @@ PY
 needed=$(missing "setuptools>=77" wheel ninja pybind11 numpy triton pytest hypothesis matplotlib rich)
 [ -z "$needed" ] || "$venv/bin/python" -m pip install -q $needed
 
-# The libraries whose training loops are tested. timm needs torchvision, of which the newest would
-# bring another torch.
-loops=$(missing transformers accelerate peft lightning timm)
+# The libraries whose training loops and optimizers are tested. timm needs torchvision, of which the
+# newest would bring another torch.
+loops=$(missing transformers accelerate peft lightning timm schedulefree torchao)
 if [ -n "$loops" ]; then
   "$venv/bin/python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
     > "$venv/constraints.txt"
   "$venv/bin/python" -m pip install -q -c "$venv/constraints.txt" $loops ||
-    echo "not installed, so their training loops are not tested:" $loops >&2
+    echo "not installed, so what is of them is not tested:" $loops >&2
 fi
