@@ -297,7 +297,7 @@ class PythonHooks:
 
     @torch.no_grad()
     def scale(self, factor: Tensor) -> None:
-        """Multiplies every ``.grad``: grad = grad * factor, a 0-dim float64 of the device."""
+        """Multiplies every ``.grad``: grad = grad * factor, a 0-dim tensor of the device."""
         with self._lock:
             mains = []
             for param in self._params:

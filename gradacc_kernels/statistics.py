@@ -79,7 +79,7 @@ def scale_grads_(attachment: Any, factor: Tensor) -> None:
 
     Args:
         attachment: of which parameters.
-        factor: 0-dim float64, on the device of the first group.
+        factor: 0-dim float32 or float64, on the device of the first group.
     """
     for group in attachment.groups:
         group.hooks.scale(factor.to(group.device, non_blocking=group.device.type != "cpu"))

@@ -282,9 +282,9 @@ class Window:
         """Divides ``.grad`` by the weight of the window, once; multiplies it by factor as well."""
         divisor = self.divisor()
         if divisor is not None:
-            factor = divisor.reciprocal() if factor is None else factor.double() / divisor
+            factor = divisor.reciprocal() if factor is None else factor / divisor
         if factor is not None:
-            scale_grads_(self.attachment, factor.double())
+            scale_grads_(self.attachment, factor)
         self.is_averaged = self.is_averaged or divisor is not None
         pending.discard(self)
 
