@@ -165,10 +165,10 @@ int sum_of_squares(const Squares* items, int64_t count, Stream stream);
 int scale(const Scaling* items, int64_t count, const float* factor, Stream stream);
 // *s = scale * inv_scale; inv_scale may be null.
 int prepare_factor(float scale, const float* inv_scale, float* s, Stream stream);
-// sums[i] = sum of items[i]'s slots.
-int reduce(const Slots* items, int64_t count, float* sums, Stream stream);
-// norm = sqrt(sum of sums[0..count)); found_inf = 1 when that is NaN, else 0.
-int norm(const float* sums, int64_t count, float* norm, float* found_inf, Stream stream);
+// sums[i] = sum of items[i]'s slots; norm = sqrt(sum of sums); found_inf = 1 when that is NaN, else
+// 0.
+int reduce(const Slots* items, int64_t count, float* sums, float* norm, float* found_inf,
+           Stream stream);
 
 // The bytes of scratch memory that embedding needs.
 int embedding_workspace(const EmbeddingGrad& item, int64_t* bytes);

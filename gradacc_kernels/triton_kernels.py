@@ -856,7 +856,10 @@ def grad_stats(tensors, are_partials):
         sums = torch.empty(len(slots), device=device)
         norm, found_inf = torch.empty((), device=device), torch.empty((), device=device)
         table, _ = _table([[0, 0, slot.data_ptr(), slot.numel(), 0] for slot in slots], device)
-        _reduce_kernel[(len(slots),)](table, sums, BLOCK=4096, num_warps=16)
+        # One program reads all slots of a tensor, so it must have many loads in flight.
+        longest = max(slot.numel() for slot in slots)
+        block, num_warps = (16384, 32) if longest > 4096 else (1024, 4)
+        _reduce_kernel[(len(slots),)](table, sums, BLOCK=block, num_warps=num_warps)
         _norm_kernel[(1,)](sums, norm, found_inf, len(slots), BLOCK=4096, num_warps=16)
     return sums, norm, found_inf
 

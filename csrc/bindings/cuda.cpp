@@ -39,9 +39,9 @@ void scale(const std::vector<Scaling>& items, const float* factor, at::Device de
 void reduce(const std::vector<Slots>& items, float* sums, float* norm, float* found_inf,
             at::Device device) {
   const c10::cuda::CUDAGuard guard(device);
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  check(cuda::reduce(items.data(), items.size(), sums, stream), "reduce");
-  check(cuda::norm(sums, items.size(), norm, found_inf, stream), "norm");
+  check(cuda::reduce(items.data(), items.size(), sums, norm, found_inf,
+                     c10::cuda::getCurrentCUDAStream()),
+        "reduce");
 }
 
 void embedding(const EmbeddingGrad& item, float scale, const float* inv_scale, at::Device device) {

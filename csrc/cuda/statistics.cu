@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant
 }
 
 constexpr int kMaxSlotLists = kMaxCapacity;
+constexpr int64_t kShortListSlots = 4096;
 // One block reads all slots of a tensor, so it must have many loads in flight.
 constexpr int kReduceThreads = 1024;
 
@@ -51,12 +52,34 @@ struct SlotLists {
   Slots items[kMaxSlotLists];
 };
 
+// What one of `threads` threads has of the sum of count values, in double. Those between the first
+// and the last aligned address are read as vectors.
+__device__ double part_of_sum(const float* values, int64_t count, int thread, int threads) {
+  constexpr int kFloats = sizeof(float4) / sizeof(float);
+  const int64_t misaligned = reinterpret_cast<uintptr_t>(values) / sizeof(float) % kFloats;
+  const int64_t before = min(count, (kFloats - misaligned) % kFloats);
+  const auto* vecs = reinterpret_cast<const float4*>(values + before);
+  const int64_t n_vecs = (count - before) / kFloats;
+  const int64_t after = before + n_vecs * kFloats;
+  double sum = 0.;
+  if (thread < before) sum += values[thread];
+#pragma unroll 8
+  for (int64_t i = thread; i < n_vecs; i += threads) {
+    const float4 v = vecs[i];
+    sum += static_cast<double>(v.x) + v.y + (static_cast<double>(v.z) + v.w);
+  }
+  if (thread < count - after) sum += values[after + thread];
+  return sum;
+}
+
 // The sum of count values, in double; valid in thread 0.
 __device__ double reduce(const float* values, int64_t count) {
-  double sum = 0.;
-#pragma unroll 8
-  for (int64_t i = threadIdx.x; i < count; i += kReduceThreads) sum += values[i];
-  return block_sum<kReduceThreads>(sum);
+  return block_sum<kReduceThreads>(part_of_sum(values, count, threadIdx.x, kReduceThreads));
+}
+
+__device__ void write_norm(double sum, float* norm, float* found_inf) {
+  *norm = static_cast<float>(sqrt(sum));
+  *found_inf = isnan(sum) ? 1.f : 0.f;
 }
 
 // One block a tensor.
@@ -67,13 +90,29 @@ __global__ void __launch_bounds__(kReduceThreads)
   if (threadIdx.x == 0) sums[blockIdx.x] = static_cast<float>(sum);
 }
 
+// One block for all tensors of a short list, a warp for each in turn, and the norm with them.
+__global__ void __launch_bounds__(kReduceThreads)
+    short_list_kernel(const __grid_constant__ SlotLists lists, int count, float* sums, float* norm,
+                      float* found_inf) {
+  double total = 0.;
+  for (int i = threadIdx.x / kWarpSize; i < count; i += kReduceThreads / kWarpSize) {
+    const Slots& item = lists.items[i];
+    double sum = part_of_sum(item.partials, item.count, threadIdx.x % kWarpSize, kWarpSize);
+    for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
+      sum += __shfl_down_sync(0xffffffffu, sum, offset);
+    if (threadIdx.x % kWarpSize == 0) {
+      sums[i] = static_cast<float>(sum);
+      total += sums[i];
+    }
+  }
+  total = block_sum<kReduceThreads>(total);
+  if (threadIdx.x == 0) write_norm(total, norm, found_inf);
+}
+
 __global__ void __launch_bounds__(kReduceThreads)
     norm_kernel(const float* sums, int64_t count, float* norm, float* found_inf) {
   const double sum = reduce(sums, count);
-  if (threadIdx.x == 0) {
-    *norm = static_cast<float>(sqrt(sum));
-    *found_inf = isnan(sum) ? 1.f : 0.f;
-  }
+  if (threadIdx.x == 0) write_norm(sum, norm, found_inf);
 }
 
 }  // namespace
@@ -84,20 +123,25 @@ int sum_of_squares(const Squares* items, int64_t count, Stream stream) {
   });
 }
 
-int reduce(const Slots* items, int64_t count, float* sums, Stream stream) {
+int reduce(const Slots* items, int64_t count, float* sums, float* norm, float* found_inf,
+           Stream stream) {
+  int64_t slots = 0;
+  for (int64_t i = 0; i < count; ++i) slots += items[i].count;
+  const bool is_short = count <= kMaxSlotLists && slots <= kShortListSlots;
   for (int64_t begin = 0; begin < count; begin += kMaxSlotLists) {
     SlotLists lists;
     const int n = static_cast<int>(std::min<int64_t>(count - begin, kMaxSlotLists));
     std::copy(items + begin, items + begin + n, lists.items);
-    reduce_kernel<<<n, kReduceThreads, 0, stream>>>(lists, sums + begin);
+    if (is_short) {
+      short_list_kernel<<<1, kReduceThreads, 0, stream>>>(lists, n, sums, norm, found_inf);
+    } else {
+      reduce_kernel<<<n, kReduceThreads, 0, stream>>>(lists, sums + begin);
+    }
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }
-  return cudaSuccess;
-}
-
-int norm(const float* sums, int64_t count, float* norm, float* found_inf, Stream stream) {
-  norm_kernel<<<1, kReduceThreads, 0, stream>>>(sums, count, norm, found_inf);
+  if (!is_short || count == 0)
+    norm_kernel<<<1, kReduceThreads, 0, stream>>>(sums, count, norm, found_inf);
   return cudaGetLastError();
 }
 
