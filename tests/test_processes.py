@@ -1,4 +1,7 @@
-"""Forks in the middle of a window, and interpreters that end there. Each runs in a process."""
+"""Forks in the middle of a window, interpreters that end there, and an all_reduce before its close.
+
+Each runs in a process.
+"""
 
 import os
 import subprocess
@@ -102,6 +105,52 @@ if sys.argv[1] == "inside of backward":
     raise AssertionError("unreachable")
 """
 
+ALL_REDUCE = """
+import os, sys
+import torch
+import torch.distributed as dist
+import gradacc_kernels as gk
+from hook_cases import backward, batch, mlp
+
+torch.set_num_threads(1)  # the threads of OpenMP do not outlive a fork
+child = os.fork()
+rank = int(child == 0)
+dist.init_process_group("gloo", f"file://{sys.argv[1]}", rank=rank, world_size=2)
+
+def norm(grads):
+    return torch.cat([grad.double().flatten() for grad in grads]).norm().item()
+
+for backend in ("cpu", "reference"):
+    for is_told in (False, True):
+        torch.manual_seed(0)
+        model = mlp(dtype=torch.float32)
+        accumulator = gk.attach(model, backend=backend)
+        torch.manual_seed(rank)
+        backward(model, batch(dtype=torch.float32))
+        own = norm(p.grad for p in model.parameters())
+        for param in model.parameters():
+            dist.all_reduce(param.grad)
+            param.grad.data.div_(2)
+        average = norm(p.grad for p in model.parameters())
+        norms = [torch.zeros(2, dtype=torch.float64) for _ in range(2)]
+        dist.all_gather(norms, torch.tensor([own, average], dtype=torch.float64))
+        assert norms[0][0] != norms[1][0] and norms[0][1] == norms[1][1]
+        if is_told:
+            accumulator.invalidate()
+        believed = average if is_told else own
+        assert abs(own - average) > 0.01 * average
+        clipped = accumulator.clip_grad_norm_(average / 10).item()
+        assert abs(clipped - believed) <= 1e-5 * believed, (backend, is_told)
+        expected = average / 10 * (average / believed)
+        now = norm(p.grad for p in model.parameters())
+        assert abs(now - expected) <= 1e-4 * expected, (backend, is_told)
+dist.destroy_process_group()
+if child == 0:
+    os._exit(0)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+assert code == 0, code
+"""
+
 
 def run(script, way):
     tests = Path(__file__).parent
@@ -122,3 +171,8 @@ def test_a_fork_in_the_middle_of_a_window(way):
 def test_an_interpreter_ends_in_the_middle_of_a_window(way):
     done = run(EXIT, way)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_all_reduce_that_was_not_told(tmp_path):
+    done = run(ALL_REDUCE, str(tmp_path / "store"))
+    assert done.returncode == 0, done.stderr

@@ -296,39 +296,6 @@ def test_norms_of_parameters_and_groups(hook):
         assert norm == pytest.approx(math.hypot(*(norms[f"3.{n}"] for n in ("weight", "bias"))))
 
 
-def unscale(model):
-    scaler = torch.amp.GradScaler(model[0].weight.device.type, init_scale=8.0)
-    scaler.scale(torch.zeros((), device=model[0].weight.device))
-    scaler.unscale_(torch.optim.SGD(model.parameters()))
-
-
-def write_data(model):
-    for param in model.parameters():
-        param.grad.data.mul_(0.125)
-
-
-def write_memory(model):
-    """As numpy, collectives and kernels of others do."""
-    for param in model.parameters():
-        torch.from_dlpack(param.grad.detach().data).mul_(0.125)
-
-
-@every_hook
-@pytest.mark.parametrize("write", [unscale, write_data, write_memory])
-def test_writes_that_nothing_sees_need_invalidate(hook, write):
-    device, backend = hook
-    model = mlp(device, torch.float32)
-    accumulator = gk.attach(model, backend=backend)
-    backward(model, batch(device, torch.float32))
-    before = accumulator.grad_norm().item()
-    write(model)
-    after = pytest.approx(before / 8, rel=1e-5)
-    assert accumulator.grad_norm().item() == after
-    accumulator.invalidate()
-    assert accumulator.clip_grad_norm_(before / 80).item() == after
-    assert accumulator.grad_norm().item() == pytest.approx(before / 80, rel=1e-4)
-
-
 @every_hook
 def test_a_fused_step_that_writes_gradients_makes_statistics_stale(hook):
     device, backend = hook
