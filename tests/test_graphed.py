@@ -1,4 +1,4 @@
-"""CUDA graphs that others make, memory pools that are shared, and the streams of nodes."""
+"""CUDA graphs that others make, memory pools that are shared, statistics, and streams of nodes."""
 
 import copy
 import time
@@ -107,6 +107,71 @@ def test_an_attached_model_is_refused_by_make_graphed_callables():
     gk.attach(model)
     with pytest.raises(AssertionError, match="must not have hooks registered"):
         torch.cuda.make_graphed_callables(model, (x,))
+
+
+# Statistics: no host code runs in a replay, so the host believes what it did before.
+
+
+def norm_of(model):
+    return torch.cat([p.grad.double().flatten() for p in model.parameters()]).norm().item()
+
+
+@BACKENDS
+@pytest.mark.parametrize("fuse", [False, True], ids=["hook", "fused"])
+@pytest.mark.parametrize("tell", ["invalidate", "expose"])
+def test_the_close_after_replays_that_accumulate(backend, queueing, fuse, tell):
+    model, x = mlp("cuda"), batch("cuda")
+    accumulator = gk.attach(model, backend=backend, fuse=fuse)
+    warm_up(model, x)
+    first, later = (torch.cuda.CUDAGraph() for _ in range(2))
+    with torch.cuda.graph(first):
+        backward(model, x)
+    with torch.cuda.graph(later, pool=first.pool()):
+        backward(model, x)
+    for opens in (first.replay, lambda: backward(model, x)):
+        model.zero_grad()
+        opens()
+        accumulator.expose()
+        seen = norm_of(model)
+        for _ in range(3):
+            x.copy_(batch("cuda"))
+            later.replay()
+        getattr(accumulator, tell)()
+        norm = norm_of(model)
+        assert norm != pytest.approx(seen, rel=0.01)
+        assert accumulator.clip_grad_norm_(norm / 10).item() == pytest.approx(norm, rel=1e-5)
+        assert norm_of(model) == pytest.approx(norm / 10, rel=1e-4)
+    before = [p.detach().clone() for p in model.parameters()]
+    x.fill_(torch.inf)
+    later.replay()
+    getattr(accumulator, tell)()
+    accumulator.step(torch.optim.SGD(model.parameters(), lr=0.1, foreach=False))
+    assert all(p.equal(value) for p, value in zip(model.parameters(), before, strict=True))
+    assert accumulator.counters["skipped_windows"].item() == 1
+
+
+@BACKENDS
+def test_a_replay_that_scales_gradients_needs_invalidate(backend):
+    """What moved the version counter was the capture, a window ago."""
+    model, x = mlp("cuda"), batch("cuda")
+    accumulator = gk.attach(model, backend=backend)
+    warm_up(model, x)
+    backward(model, x)
+    grads = [p.grad for p in model.parameters()]
+    torch._foreach_mul_(grads, 0.125)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch._foreach_mul_(grads, 0.125)
+    for is_told in (False, True):
+        model.zero_grad()
+        backward(model, x)
+        left = norm_of(model)
+        graph.replay()
+        assert norm_of(model) == pytest.approx(left / 8, rel=1e-6)
+        if is_told:
+            accumulator.invalidate()
+        believed = left / 8 if is_told else left
+        assert accumulator.clip_grad_norm_(1e9).item() == pytest.approx(believed, rel=1e-5)
 
 
 @pytest.fixture
