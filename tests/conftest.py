@@ -4,6 +4,7 @@ A CUDA case always exists, marked ``gpu``, and is skipped with a reason where it
 Triton kernels also run on the CPU, in Triton's interpreter, where there is no CUDA device.
 """
 
+import gc
 import os
 import random
 import zlib
@@ -27,6 +28,28 @@ pytest.register_assert_rewrite("oracle")
 def pytest_configure(config):
     # The interpreter computes with numpy, which warns of every NaN and overflow.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_collection_finish(session):
+    """Leaves what imports have made out of each collection of garbage: none of it is a test's."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session):
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def threads(request):
+    """One, as several gain nothing in models this small; all where the mark `threads` asks."""
+    if request.node.get_closest_marker("threads") is not None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +85,10 @@ class Backend:
         from triton._C.libtriton import interpreter
 
         return hasattr(interpreter, "fma_fp32")
+
+    def in_turn(self, options, number):
+        """All options; one of them, by a case's number, where each takes long: interpreted."""
+        return [options[number % len(options)]] if self.is_interpreted else options
 
     def why_skipped(self) -> str | None:
         if self.device == "cuda" and not torch.cuda.is_available():

@@ -1,6 +1,7 @@
 """Tests that docs/compatibility.md names exist."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def rows(text):
     return [row for row in cells if row[0] != "what" and set(row[0]) != {"-"}]
 
 
+@functools.cache
 def functions_of(path):
     """The test functions of a file, without importing it; none where there is no file."""
     if not path.exists():

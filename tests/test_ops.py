@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gradacc_kernels import dispatch, ops
 
+pytestmark = pytest.mark.threads  # among which the kernels of the CPU divide their work
 CHUNK = ops.CHUNK_SIZE
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 VECTORS = (4, 8, 16, 32)

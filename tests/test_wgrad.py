@@ -11,6 +11,7 @@ from test_checks import GRAD_DTYPES, MAIN_DTYPES, assert_refused, cases
 
 from gradacc_kernels import dispatch, ops
 
+pytestmark = pytest.mark.threads  # among which the kernels of the CPU divide their work
 CHUNK = ops.CHUNK_SIZE
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TOKENS = (0, 1, 7, 63, 64, 65, 127, 128, 129)
@@ -94,11 +95,12 @@ def assert_right(backend, args, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tokens_of_any_number(backend, dtype, store):
     # Widths of whole vectors, and widths of none.
-    for tokens, (o, i) in itertools.product(TOKENS, ((72, 136), (33, 7))):
-        args = arguments(tokens, o, i, dtype)
-        assert_right(backend, args, store=store)
-        assert_right(backend, args, store=store, scale=0.37)
-        assert_right(backend, args, store=store, scale=-0.37, inv_scale=3.0)
+    factors = ({}, {"scale": 0.37}, {"scale": -0.37, "inv_scale": 3.0})
+    for number, tokens in enumerate(TOKENS):
+        for wide, (o, i) in enumerate(((72, 136), (33, 7))):
+            args = arguments(tokens, o, i, dtype)
+            for options in backend.in_turn(factors, number + wide):
+                assert_right(backend, args, store=store, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -475,24 +477,30 @@ def assert_left_out(args, backend, *, store, **options):
     )
 
 
+# In the interpreter each size has its turn with the factors, all of which become one number.
+
+
 @pytest.mark.parametrize("store", [False, True], ids=["add", "store"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_factor_of_0_leaves_the_product_out(backend, dtype, store):
-    for (o, i), tokens, factor in itertools.product(((72, 136), (33, 7)), (1, 70), ZERO_FACTORS):
+    sizes = itertools.product(((72, 136), (33, 7)), (1, 70))
+    for number, ((o, i), tokens) in enumerate(sizes):
         x, y = poisoned((tokens, o), dtype), poisoned((tokens, i), dtype)
-        for main in (delicate((o, i)), torch.randn(o, i)):
-            assert_left_out((main, x, y), backend, store=store, **factor)
+        for factor in backend.in_turn(ZERO_FACTORS, number):
+            for main in (delicate((o, i)), torch.randn(o, i)):
+                assert_left_out((main, x, y), backend, store=store, **factor)
 
 
 @pytest.mark.parametrize("store", [False, True], ids=["add", "store"])
 @pytest.mark.parametrize("factor", ZERO_FACTORS, ids=str)
 def test_factor_of_0_leaves_the_products_of_several_weights_out(backend, factor, store):
-    for dtype, (o, i) in itertools.product(DTYPES, ((72, 136), (5, 7))):
-        main, x, y = delicate((3, o, i)), poisoned((90, o), dtype), poisoned((90, i), dtype)
-        batch = x.view(3, 30, o), y.view(3, 30, i)
-        assert_left_out((main, *batch), backend, store=store, **factor)
-        options = {"store": store, "offsets": ends_of(9, 0, 70), **factor}
-        assert_left_out((main, x, y), backend, **options)
+    for number, (o, i) in enumerate(((72, 136), (5, 7))):
+        for dtype in backend.in_turn(DTYPES, number + store + ZERO_FACTORS.index(factor)):
+            main, x, y = delicate((3, o, i)), poisoned((90, o), dtype), poisoned((90, i), dtype)
+            batch = x.view(3, 30, o), y.view(3, 30, i)
+            assert_left_out((main, *batch), backend, store=store, **factor)
+            options = {"store": store, "offsets": ends_of(9, 0, 70), **factor}
+            assert_left_out((main, x, y), backend, **options)
 
 
 @pytest.mark.parametrize("store", [False, True], ids=["add", "store"])
