@@ -1,4 +1,7 @@
-"""Memory is flat over a thousand windows: no tensor, Python object or C++ object stays behind."""
+"""Memory is flat over a thousand windows, and over twenty attachments.
+
+No tensor, Python object or C++ object stays behind.
+"""
 
 import ctypes
 import gc
@@ -14,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 import gradacc_kernels as gk
 
 WARM_UP, WINDOWS = 100, 1000
-REATTACH_EVERY = 50
+WARM_UP_ATTACHMENTS, ATTACHMENTS, WINDOWS_OF_ATTACHMENT = 2, 20, 10
 VOCABULARY, WIDTH, INNER = 64, 32, 256
 
 # By how much malloc's bytes may grow: what any object of C++ left behind in every window exceeds,
@@ -22,7 +25,7 @@ VOCABULARY, WIDTH, INNER = 64, 32, 256
 # without a leak, of caches and lists, is a few thousand. A CUDA allocator's bytes may not grow.
 MAY_GROW = {"cpu": 32 * (WINDOWS - WARM_UP), "cuda": 0}
 # Nor what Python's garbage collector knows, by an object in each attachment.
-MAY_GROW_OBJECTS = (WINDOWS - WARM_UP) // REATTACH_EVERY - 1
+MAY_GROW_OBJECTS = ATTACHMENTS - WARM_UP_ATTACHMENTS - 1
 
 
 class Live(NamedTuple):
@@ -89,14 +92,14 @@ def settled(device, is_done):
     return now
 
 
-def growth(device, window):
-    """By how much what is alive grows from window WARM_UP to window WINDOWS, as a Live."""
-    for number in range(1, WARM_UP + 1):
-        window(number)
+def growth(device, run, warm_up=WARM_UP, runs=WINDOWS):
+    """By how much what is alive grows from the run number warm_up to the last, as a Live."""
+    for number in range(1, warm_up + 1):
+        run(number)
     time.sleep(0.05)
     before = live(device)
-    for number in range(WARM_UP + 1, WINDOWS + 1):
-        window(number)
+    for number in range(warm_up + 1, runs + 1):
+        run(number)
     after = settled(device, lambda now: is_flat(device, difference(now, before)))
     return difference(after, before)
 
@@ -137,11 +140,11 @@ class Training:
             self.model(self.x).sum().backward()
         self.model.zero_grad(set_to_none=number % 2 == 0)
 
-    def window_and_reattachment(self, number):
-        self.window(number)
-        if number % REATTACH_EVERY == 0:
-            self.accumulator.detach()
-            self.attach()
+    def attachment(self, number):
+        for window in range(WINDOWS_OF_ATTACHMENT):
+            self.window(window)
+        self.accumulator.detach()
+        self.attach()
 
     @property
     def smallest_gradient(self):
@@ -155,22 +158,21 @@ def at_once(monkeypatch):
     monkeypatch.setattr("test_leaks.settled", lambda device, _: live(device))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products so small are slower by several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@needs_counts
+@every_hook
+@pytest.mark.parametrize("fuse", [False, True], ids=["hook", "fused"])
+def test_memory_is_flat_over_a_thousand_windows(hook, fuse):
+    training = Training(hook, fuse)
+    grown = growth(training.device, training.window)
+    assert is_flat(training.device, grown), grown
 
 
 @needs_counts
 @every_hook
 @pytest.mark.parametrize("fuse", [False, True], ids=["hook", "fused"])
-@pytest.mark.parametrize("what", ["window", "window_and_reattachment"])
-def test_memory_is_flat_over_a_thousand_windows(hook, fuse, what):
+def test_memory_is_flat_over_attachments(hook, fuse):
     training = Training(hook, fuse)
-    grown = growth(training.device, getattr(training, what))
+    grown = growth(training.device, training.attachment, WARM_UP_ATTACHMENTS, ATTACHMENTS)
     assert is_flat(training.device, grown), grown
 
 
@@ -212,12 +214,11 @@ def test_what_only_cpp_holds_is_found_too(device, at_once):
 def test_a_buffer_kept_by_every_attachment_is_found(device, at_once):
     training, kept = Training((device, "auto"), False), []
 
-    def window(number):
-        if number % REATTACH_EVERY == 0:
-            (group,) = training.accumulator._attachment.groups
-            kept.append(group.buffer.flat)
-        training.window_and_reattachment(number)
+    def attachment(number):
+        (group,) = training.accumulator._attachment.groups
+        kept.append(group.buffer.flat)
+        training.attachment(number)
 
-    grown = growth(device, window)
-    assert grown.tensors == len(kept) - WARM_UP // REATTACH_EVERY
+    grown = growth(device, attachment, WARM_UP_ATTACHMENTS, ATTACHMENTS)
+    assert grown.tensors == len(kept) - WARM_UP_ATTACHMENTS
     assert grown.nbytes > MAY_GROW[device]
