@@ -42,12 +42,15 @@ def pytest_sessionfinish(session):
 
 @pytest.fixture(autouse=True)
 def threads(request):
-    """One, as several gain nothing in models this small; all where the mark `threads` asks."""
-    if request.node.get_closest_marker("threads") is not None:
-        yield
-        return
+    """One, as several gain nothing in models this small; all for kernels, by the mark `threads`.
+
+    But those of the interpreter and of the reference, which divide no work by themselves.
+    """
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    has_kernels = params.get("backend") not in (*ON_CPU[1:], REFERENCES[0])
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if not (has_kernels and request.node.get_closest_marker("threads")):
+        torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
