@@ -1,4 +1,4 @@
-"""Main gradients written to in ways that no version counter sees: by whom the slots are believed.
+"""Main gradients written to in ways that no version counter sees, and what a close believes then.
 
 Each way is shown twice. Without `invalidate()` the close takes the norm, and the verdict, of what
 backward had left: that also shows that the way moves no counter. With it, those of what is there.
