@@ -200,7 +200,9 @@ class Accumulator:
     @property
     def weight(self) -> Tensor:
         """The sum of the weights of this window: a copy, 0-dim float64, on the device."""
-        return self._attachment.window.weight.clone()
+        window = self._attachment.window
+        window.follow()
+        return window.weight.clone()
 
     def average_(self) -> None:
         """Divides ``.grad`` by the weight of the window: grad = grad / sum of weights.
@@ -273,6 +275,13 @@ class Accumulator:
             ValueError: no parameter of the optimizer that has a gradient is covered.
             FloatingPointError: with nonfinite="raise".
         """
+        if max_norm is not None and not max_norm >= 0:
+            raise ValueError(f"step: max_norm must not be negative, got {max_norm}")
+        if scaler is not None and not hasattr(scaler, "_close"):
+            raise TypeError(
+                f"step: scaler must be a gradacc_kernels.GradScaler, got {type(scaler).__name__}; "
+                "with torch's, call average_(), clip, and then scaler.step(optimizer)"
+            )
         if scaler is not None:
             return scaler._close(optimizer, optimizer.step, max_norm, {})[1]
         return self._attachment.window.close(optimizer, optimizer.step, max_norm)[1]

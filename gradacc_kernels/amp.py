@@ -107,6 +107,9 @@ class GradScaler(torch.amp.GradScaler):
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("step() has already been called since the last update().")
+        window.check_closed("step")
+        if window.nonfinite == "raise":
+            window.raise_if_nonfinite()
         # A micro-batch that was dropped overflowed at this scale.
         has_skipped = window.has_skipped.clone()
         self.unscale_(optimizer)

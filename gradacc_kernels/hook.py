@@ -51,10 +51,7 @@ class _MainGrad:
         group, index = _find(param)
         if group is None:
             raise AttributeError(f"'{owner.__name__}' object has no attribute 'main_grad'")
-        # Never the hook's own tensor, whose memory `.data =` could replace.
-        view, grad = group.buffer.views[index], param.grad
-        is_view = grad is not None and grad.data_ptr() == view.data_ptr()
-        return grad if is_view and grad.dtype == view.dtype else view.data
+        return group.hooks.main_grad(index)
 
 
 torch.nn.Parameter.main_grad = _MainGrad()
@@ -72,15 +69,15 @@ def _is_covered(param: Tensor) -> bool:
 
 def _is_pending(param: Tensor) -> bool:
     group, _ = _find(param)
-    return group is not None and any(group in w.attachment.groups for w in window.pending)
+    return group is not None and any(
+        group in w.attachment.groups and w.is_pending for w in list(window.pending)
+    )
 
 
-def _end_window(param: Tensor) -> bool:
-    group, _ = _find(param)
-    if group is None:
-        return False
-    group.hooks.end_window()
-    return True
+def _end_windows(params: list[Tensor]) -> None:
+    hooks = {id(group.hooks): group.hooks for group, _ in map(_find, params) if group is not None}
+    for each in hooks.values():
+        each.end_window()
 
 
 class _Group:
@@ -293,6 +290,7 @@ class _Attachment:
                     f"it was attached, and has {list(param.shape)} now: detach and attach again"
                 )
             _check_param(name, param, self.requested_backend)
+        self.window.before_move()
         groups = self.make_groups(params)
 
         if self.fused is not None:
@@ -311,11 +309,11 @@ class _Attachment:
         for param in params.values():
             param.grad = None
         self.install(params, groups)
-        self.window.move(groups[0].device)
         for group, index, _, param in self.members():
             total, micro_batches = sums[param]
             if total is not None:
                 group.hooks.load(index, total.detach().to_dense(), micro_batches)
+        self.window.move(groups[0].device)
 
     def release(self, group: _Group, index: int, name: str, param: Tensor) -> None:
         """Gives one parameter back to stock autograd, with the gradient that it would hold."""
@@ -613,7 +611,7 @@ def attach(
                 f"attach: parameter {name} is attached already; call detach() on its Accumulator "
                 "first"
             )
-    optimizers.watch(_is_covered, _is_pending, _end_window)
+    optimizers.watch(_is_covered, _is_pending, _end_windows)
     n_frozen = len(named) - len(params)
     attachment = _Attachment(params, float(scale), backend, fuse, root, n_frozen, nonfinite)
     if root is not None:

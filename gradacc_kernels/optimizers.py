@@ -40,28 +40,52 @@ def why_unfit(optimizer: optim.Optimizer, group: dict) -> str | None:
     return None
 
 
+def _with_closure(args: tuple, kwargs: dict, after: Callable[[], None]) -> tuple | None:
+    """The arguments of a step, whose closure, if it has one, is followed by a call of ours."""
+    closure = kwargs.get("closure") if len(args) < 2 else args[1]
+    if not callable(closure):
+        return None
+
+    @functools.wraps(closure)
+    def followed(*arguments, **options):
+        loss = closure(*arguments, **options)
+        after()
+        return loss
+
+    if len(args) < 2:
+        return args, {**kwargs, "closure": followed}
+    return (args[0], followed, *args[2:]), kwargs
+
+
 @functools.cache
 def watch(
     is_covered: Callable[[Tensor], bool],
     is_pending: Callable[[Tensor], bool],
-    end_window: Callable[[Tensor], bool],
+    end_windows: Callable[[list[Tensor]], None],
 ) -> None:
     """Has every torch optimizer look at its parameters before and after a step; once for a process.
 
     Args:
         is_covered: tells whether ``.grad`` of a parameter is a main gradient of ours.
         is_pending: tells whether a parameter's ``.grad`` is a weighted sum that nobody has divided.
-        end_window: is told of the parameters that were stepped, until it takes one of a group.
+        end_windows: is told of the parameters that were stepped.
     """
 
-    def refuse(optimizer, args, kwargs):
-        for group in optimizer.param_groups:
-            if pending and any(map(is_pending, group["params"])):
+    def refuse_sum(optimizer):
+        for group in optimizer.param_groups if pending else ():
+            if any(map(is_pending, group["params"])):
                 raise RuntimeError(
                     f"{type(optimizer).__name__}.step: the gradients are the weighted sum of this "
                     "window's micro-batches, and were not divided by its weight yet: call "
-                    "Accumulator.step(optimizer), or Accumulator.average_() before optimizer.step()"
+                    "Accumulator.step(optimizer), or Accumulator.average_() before "
+                    "optimizer.step(), or at the end of its closure"
                 )
+
+    def refuse(optimizer, args, kwargs):
+        followed = _with_closure(args, kwargs, functools.partial(refuse_sum, optimizer))
+        if followed is None:
+            refuse_sum(optimizer)
+        for group in optimizer.param_groups:
             reason = why_unfit(optimizer, group)
             if reason is None:
                 continue
@@ -78,9 +102,10 @@ def watch(
                         "Adafactor and RMSprop take both dtypes, without fused=True."
                     )
 
+        return followed
+
     def end(optimizer, args, kwargs):
-        for group in optimizer.param_groups:
-            any(map(end_window, group["params"]))
+        end_windows([param for group in optimizer.param_groups for param in group["params"]])
 
     register_optimizer_step_pre_hook(refuse)
     register_optimizer_step_post_hook(end)

@@ -42,7 +42,7 @@ class _Param:
     main: Tensor
     partials: Tensor
     dtype: torch.dtype
-    exposed: Tensor | None = None  # the tensor last made `.grad`
+    exposed: Tensor | None = None  # the view of main that is made `.grad`
     exposed_version: int = -1  # of it, when a gradient was last added
     statistics_version: int | None = None
     node: Any = None
@@ -54,6 +54,7 @@ class _Param:
     micro_batches: int = 0  # of the window below
     window: int = 0
     graph_task: int = -1  # the last one that was counted
+    ended_version: int = -1  # of exposed, when end_window left it in `.grad`
 
 
 @dataclass
@@ -159,7 +160,9 @@ class PythonHooks:
         self._stream = None
         self._removed = False
         self._window = 0  # counts ends of windows
-        self._followed: deque[int] = deque(maxlen=8)  # the last backwards whose uses were counted
+        self._tally = (0, 0, 0)
+        self._is_weighted = False
+        self._known_backwards: deque[int] = deque(maxlen=8)  # the last ones
         self._at_end: Callable[[], None] | None = None
         self._is_holding = False
         self._held: list[_Queue] = []
@@ -324,8 +327,12 @@ class PythonHooks:
         It begins where ``.grad`` is None, and with the first gradient after :meth:`end_window`.
         """
         param = self._params[index]
-        has_begun = param.variable.grad is not None and param.window == self._window
-        return param.micro_batches if has_begun else 0
+        return param.micro_batches if self._has_begun(param) else 0
+
+    def _has_begun(self, param: _Param) -> bool:
+        """Tells whether the window has summed a gradient of a parameter."""
+        is_now = param.window == self._window and param.micro_batches > 0
+        return is_now and param.variable.grad is not None
 
     def most_micro_batches(self) -> int:
         """Tells the most that :meth:`micro_batches` is of any parameter."""
@@ -337,6 +344,37 @@ class PythonHooks:
             self._window += 1
             for param in self._params:
                 param.statistics_version = None  # a fused step may have written
+                grad = param.variable.grad
+                is_view = grad is not None and grad is param.exposed
+                param.ended_version = grad._version if is_view else -1
+
+    def left_over(self) -> int:
+        """Tells a parameter whose ``.grad`` is still what a window that has ended left, or -1."""
+        for index, param in enumerate(self._params):
+            grad = param.variable.grad
+            is_view = grad is not None and grad is param.exposed
+            if is_view and param.window != self._window and grad._version == param.ended_version:
+                return index
+        return -1
+
+    def tally(self) -> tuple[int, int, int]:
+        """Returns the number of the last window, its backwards, and those without a weight.
+
+        A window begins with a gradient that arrives where no parameter has summed anything.
+        """
+        return self._tally
+
+    def weigh(self, is_weighted: bool) -> None:
+        """Tells whether the backwards that follow are those of a micro-batch with a weight."""
+        self._is_weighted = is_weighted
+
+    def main_grad(self, index: int) -> Tensor:
+        """Returns the view of main that is ``.grad``, or will be: always the same tensor.
+
+        So its version counter tells of every write through a reference that somebody has kept.
+        """
+        with self._lock:
+            return self._view(self._params[index])
 
     def call_at_end(self, call: Callable[[], None]) -> None:
         """Has every backward that had a gradient for us call this at its end."""
@@ -389,6 +427,7 @@ class PythonHooks:
                 with torch.no_grad():
                     param.main.copy_(total)
                 self._show(param)
+            self._tally = (self._tally[0] + 1, 0, 0)
             param.statistics_version = None
             param.micro_batches = micro_batches
             param.window = self._window
@@ -447,12 +486,25 @@ class PythonHooks:
             param.main.copy_(value)
         return True
 
+    def _view(self, param: _Param) -> Tensor:
+        """A tensor of its own, which others may have cast or drawn into a graph since."""
+        exposed = param.exposed
+        if exposed is None or not self._is_ours(exposed, param) or exposed.requires_grad:
+            param.exposed = param.main.data
+        return param.exposed
+
     def _show(self, param: _Param) -> None:
+        """Makes ``.grad`` the view of main, which was written to."""
         grad = param.variable.grad
         if grad is None or not self._is_ours(grad, param):
-            param.exposed = param.main.data
-            param.variable.grad = param.exposed
+            param.variable.grad = self._view(param)
+        torch.autograd.graph.increment_version(param.variable.grad)
         param.exposed_version = param.variable.grad._version
+
+    def _describe(self, param: _Param) -> None:
+        """The slots were written with main."""
+        grad = param.variable.grad
+        param.statistics_version = grad._version if grad is param.exposed else None
 
     def _commit(self, entries: Sequence[tuple[_Param, Tensor]], graph_task: int) -> None:
         stores = [not self._adopt(param) for param, _ in entries]
@@ -473,10 +525,8 @@ class PythonHooks:
                 [param.partials for param, _ in entries],
             )
         for param, _ in entries:
-            if param.variable.grad is not None:
-                torch.autograd.graph.increment_version(param.variable.grad)
             self._show(param)
-            param.statistics_version = param.variable.grad._version
+            self._describe(param)
 
     def _consume(self, index: int, grad: Tensor | None) -> Tensor | None:
         """Returns what is left for AccumulateGrad: None, unless the gradient is not for us."""
@@ -499,7 +549,13 @@ class PythonHooks:
             )
         # With grad mode on (create_graph) only stock accumulation keeps `.grad` differentiable.
         if torch.is_grad_enabled():
-            return grad if self._removed else grad * (self._inv_scale * self._scale)
+            with self._lock:
+                if self._removed:
+                    return grad
+                self._is_new_backward()
+                store = param.variable.grad is None
+                self._count(param, torch._C._current_graph_task_id(), store)
+            return grad * (self._inv_scale * self._scale)
         if grad.is_complex():
             raise RuntimeError("gradacc_kernels: cannot accumulate a complex gradient")
         if param.main.dtype == torch.float32 and grad.dtype not in _SUPPORTED:
@@ -509,9 +565,7 @@ class PythonHooks:
             if self._removed:
                 return grad
             check_not_reduced(param.variable)
-            self._follow_uses()
-            if self._at_end is not None:
-                self._queue_under_way()
+            self._begin_backward()
             if self._is_holding:
                 if _is_watched(param.variable) or torch._C._current_graph_task_id() < 0:
                     raise RuntimeError(
@@ -520,7 +574,10 @@ class PythonHooks:
                         f"shape {list(param.main.shape)} inside of it: remove that hook, or attach "
                         "with nonfinite='skip_window'."
                     )
-                self._queue_under_way().entries.append(entry)
+                # Whoever else has it may write to it as soon as this returns.
+                is_copy = entry[1] is not grad
+                held = (param, entry[1] if is_copy else grad.clone())
+                self._queue_under_way().entries.append(held)
                 return None
             self._flush_queued(param)
             if entry[1].nbytes < self._queue_below and not _is_watched(param.variable):
@@ -529,16 +586,32 @@ class PythonHooks:
                 self._commit([entry], torch._C._current_graph_task_id())
         return None
 
+    def _is_new_backward(self) -> bool:
+        """Tells whether this is the first gradient that a backward has for us."""
+        graph_task = torch._C._current_graph_task_id()
+        if graph_task < 0 or graph_task in self._known_backwards:
+            return False
+        self._known_backwards.append(graph_task)
+        window, backwards, unweighted = self._tally
+        if not any(map(self._has_begun, self._params)):
+            window, backwards, unweighted = window + 1, 0, 0
+        self._tally = (window, backwards + 1, unweighted + (not self._is_weighted))
+        return True
+
+    def _begin_backward(self) -> None:
+        if self._is_new_backward():
+            self._follow_uses()
+        if self._at_end is not None:
+            self._queue_under_way()
+
     def _follow_uses(self) -> None:
         """Has 16-bit uses that autograd sums delivered in float32, and single ones as they come.
 
         Called before the first gradient that a backward has for us is added, and most others are
         delivered. Only the extension can count uses.
         """
-        graph_task = torch._C._current_graph_task_id()
-        if self._extension is None or graph_task < 0 or graph_task in self._followed:
+        if self._extension is None:
             return
-        self._followed.append(graph_task)
         halves = [param for param in self._params if _is_half(param.variable)]
         if not halves:
             return
@@ -693,9 +766,7 @@ class PythonHooks:
         with self._lock:
             if self._removed:
                 return False
-            self._follow_uses()
-            if self._at_end is not None:
-                self._queue_under_way()
+            self._begin_backward()
             self._flush_queued(param)
             # On the parameter's own stream all accumulation is ordered by events.
             here, home = self._current_stream(), self._stream
@@ -708,11 +779,9 @@ class PythonHooks:
             is_valid = write(
                 param.main, param.partials, is_valid, self._scale, self._inv_scale, store
             )
-            if param.variable.grad is not None:
-                torch.autograd.graph.increment_version(param.variable.grad)
             self._show(param)
             if is_valid:
-                param.statistics_version = param.variable.grad._version
+                self._describe(param)
             if here != home:
                 home.wait_stream(here)
         return True

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +22,11 @@ from torch import Tensor
 
 from gradacc_kernels.statistics import are_nonfinite, measure, scale_grads_
 
+UNWEIGHTED = -1.0
+BROKEN = (
+    "{}: an exception left a micro-batch of this window after some of its gradients were added and "
+    "before its weight was counted: drop the window by zero_grad()"
+)
 NONFINITE = ("skip_window", "skip_micro_batch", "raise", "ignore")
 # Windows whose gradients are sums that nobody has divided yet, so that no optimizer steps them.
 pending: weakref.WeakSet[Window] = weakref.WeakSet()
@@ -50,89 +57,197 @@ class Window:
         self.skipped_micro_batches = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_windows = torch.zeros((), dtype=torch.int64, device=device)
         self.windows = 0
-        self.is_open = False  # whether a micro_batch is under way
         self.is_weighted = False
         self.is_averaged = False
-        self._n_weighted = 0  # backwards of the window that had a weight
-        self._first_bad = torch.zeros((), dtype=torch.int64, device=device)
+        self.is_broken = False  # gradients were added whose weight was not counted
         self.has_skipped = torch.zeros((), dtype=torch.float32, device=device)
+        self._first_bad = torch.zeros((), dtype=torch.int64, device=device)
         self._inv_scales: dict[torch.device, Tensor] = {}  # what they are without a weight
+        self._open = threading.Lock()  # held by the micro_batch that is under way
+        # The hooks' numbers of this window; None for as long as no gradient has arrived.
+        self._numbers: list[int] | None = None
+        self._unweighted_before = 0  # backwards before the parameters moved
+        self._tallies_averaged: list[tuple[int, int, int]] = []
 
     @property
     def attachment(self) -> Any:
         """The attachment, alive."""
         return self._attachment()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a micro_batch is under way."""
+        return self._open.locked()
+
+    def check_closed(self, what: str) -> None:
+        """Raises inside of a micro_batch."""
+        if self.is_open:
+            raise RuntimeError(f"{what}: called inside of micro_batch(); leave the block first")
+
+    # Which window it is
+
+    def _tallies(self) -> list[tuple[int, int, int]]:
+        return [group.hooks.tally() for group in self.attachment.groups]
+
+    def follow(self) -> None:
+        """Begins anew where what was summed is gone: zero_grad() dropped it, or a step ended it.
+
+        The window of the attachment goes on for as long as that of one of its groups does.
+        """
+        groups = self.attachment.groups
+        begun = [group.hooks.most_micro_batches() > 0 for group in groups]
+        numbers = [number for number, *_ in self._tallies()]
+        if self._numbers is not None:
+            pairs = zip(begun, numbers, self._numbers, strict=True)
+            if not any(has_begun and now == known for has_begun, now, known in pairs):
+                self.reset()
+        if any(begun):
+            self._numbers = numbers
+
+    def _unweighted(self) -> int:
+        """Tells how many backwards of the window were outside of a micro_batch with a weight."""
+        groups = self.attachment.groups
+        of_groups = (g.hooks.tally()[2] for g in groups if g.hooks.most_micro_batches())
+        return self._unweighted_before + max(of_groups, default=0)
+
+    def reset(self) -> None:
+        """Begins a window: no weight, nothing averaged."""
+        self.weight.zero_()
+        self._first_bad.zero_()
+        self.is_weighted = self.is_averaged = self.is_broken = False
+        self._numbers = None
+        self._unweighted_before = 0
+        pending.discard(self)
+
+    def before_move(self) -> None:
+        """Called before the parameters get other storage and hooks."""
+        self.follow()
+        self._unweighted_before = self._unweighted()
+
+    def move(self, device: torch.device) -> None:
+        """Follows the parameters to another device, and to the hooks that they have now."""
+        for name, value in list(vars(self).items()):
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+        if self._numbers is not None:
+            self._numbers = [number for number, *_ in self._tallies()]
+        self._tallies_averaged = self._tallies()
+        for group in self.attachment.groups:
+            group.hooks.weigh(self.is_open and self.is_weighted)
+
+    def end(self) -> None:
+        """Ends the last window, with the average in ``.grad``."""
+        self.check_closed("detach")
+        if self.nonfinite == "skip_micro_batch":
+            self.commit_held()
+        try:
+            self.average_()
+        finally:
+            pending.discard(self)
+
+    # Saving
+
+    def state(self) -> Tensor:
+        """What a file holds: the weight, -1 for none; has_skipped; the first bad micro-batch."""
+        self.check_closed("state_dict")
+        self.divisor()  # raises where there is none
+        weight = self.weight if self.is_pending else torch.full_like(self.weight, UNWEIGHTED)
+        return torch.stack([weight, self.has_skipped.double(), self._first_bad.double()])
+
+    def load(self, state: Tensor) -> None:
+        """Goes on with a window that has this state."""
+        self.reset()
+        weight, has_skipped, first_bad = state.unbind()
+        self.has_skipped.copy_(has_skipped)
+        self._first_bad.copy_(first_bad)
+        if self.attachment.micro_batches():
+            self._numbers = [number for number, *_ in self._tallies()]
+        if weight.item() == UNWEIGHTED:
+            self._unweighted_before = self.attachment.micro_batches()
+        else:
+            self.weight.copy_(weight)
+            self.is_weighted = True
+            pending.add(self)
+
     # Micro-batches
 
-    @contextlib.contextmanager
-    def micro_batch(self, weight: float | Tensor | None) -> Iterator[None]:
+    def micro_batch(self, weight: float | Tensor | None) -> contextlib.AbstractContextManager[None]:
         """See Accumulator.micro_batch."""
-        self._check_weight(weight)
-        attachment = self.attachment
-        if self.is_open:
+        return self._micro_batch(None if weight is None else _checked(weight))
+
+    @contextlib.contextmanager
+    def _micro_batch(self, weight: float | Tensor | None) -> Iterator[None]:
+        if not self._open.acquire(blocking=False):
             raise RuntimeError("micro_batch: expected none under way, got one inside of another")
-        before = self._begin(weight)
         good = None
-        self.is_open = True
         try:
-            if self.nonfinite == "skip_micro_batch":
-                yield
-                good = self.commit_held(weight)
-            else:
-                with self._factor(weight):
+            self._begin(weight)
+            before = self._tallies()
+            for group in self.attachment.groups:
+                group.hooks.weigh(weight is not None)
+            try:
+                if self.nonfinite == "skip_micro_batch":
                     yield
-        except BaseException:
-            for group in attachment.groups:
-                group.hooks.drop_held()
-            raise
+                    good = self.commit_held(weight)
+                else:
+                    with self._factor(weight):
+                        yield
+            except BaseException:
+                if self.nonfinite == "skip_micro_batch":
+                    for group in self.attachment.groups:
+                        group.hooks.drop_held()
+                elif weight is not None and self._tallies() != before:
+                    self.is_broken = True
+                raise
+            finally:
+                for group in self.attachment.groups:
+                    group.hooks.weigh(False)
+            if weight is not None:
+                has_arrived = self._tallies() != before
+                self._count(weight if good is None else good * weight, has_arrived)
         finally:
-            self.is_open = False
-        if weight is not None:
-            self._n_weighted += attachment.micro_batches() - before
-            counted = weight if good is None else good * weight
-            if isinstance(counted, Tensor):
-                counted = counted.to(self.weight.device, non_blocking=self.weight.is_cuda)
-            self.weight.add_(counted)
-            self.tokens.add_(counted)
+            self._open.release()
 
-    @staticmethod
-    def _check_weight(weight: float | Tensor | None) -> None:
-        if weight is None:
-            return
-        if isinstance(weight, Tensor):
-            if weight.numel() != 1 or weight.is_complex() or weight.requires_grad:
-                raise ValueError(
-                    "micro_batch: weight must be a number or a tensor of one that does not require "
-                    f"grad, got a {weight.dtype} tensor of shape {list(weight.shape)}"
-                )
-        elif not isinstance(weight, (int, float)):
-            raise TypeError(
-                f"micro_batch: weight must be a number or a tensor, got {type(weight).__name__}"
-            )
-        elif not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"micro_batch: weight must be finite and not negative, got {weight}")
-
-    def _begin(self, weight: float | Tensor | None) -> int:
-        count = self.attachment.micro_batches()
-        if count == 0:
-            self.reset()
+    def _begin(self, weight: float | Tensor | None) -> None:
+        self.follow()
         if self.is_averaged:
             raise RuntimeError(
                 "micro_batch: the gradients of this window were averaged already; step the "
                 "optimizer and call zero_grad() before the next micro-batch"
             )
-        if (weight is not None and count != self._n_weighted) or (
-            weight is None and self.is_weighted
-        ):
+        if self.is_broken:
+            raise RuntimeError(BROKEN.format("micro_batch"))
+        unweighted = self._unweighted()
+        if (unweighted > 0) if weight is not None else self.is_weighted:
             raise RuntimeError(
                 "micro_batch: expected all micro-batches of a window to have a weight or none, got "
-                f"{self._n_weighted} of {count} backwards with one before this"
+                f"{unweighted or 'one'} without a weight in a window with others; zero_grad() "
+                "drops a window"
             )
-        if weight is not None:
-            self.is_weighted = True
-            pending.add(self)
-        return count
+        if weight is None or self.is_weighted:
+            return
+        for group in self.attachment.groups:
+            index = group.hooks.left_over()
+            if index >= 0:
+                raise RuntimeError(
+                    f"micro_batch: parameter {group.names[index]} still has the gradient of the "
+                    "last window, which was divided by that window's weight: call zero_grad() on "
+                    "it. Optimizers that step at different times need an attachment each"
+                )
+        self.reset()
+        self.is_weighted = True
+        pending.add(self)
+
+    def _count(self, weight: float | Tensor, has_arrived: bool) -> None:
+        self.follow()
+        if has_arrived and not self.attachment.micro_batches():
+            return  # zero_grad() inside of the block has dropped them
+        self.is_weighted = True
+        pending.add(self)
+        if isinstance(weight, Tensor):
+            weight = weight.to(self.weight.device, non_blocking=self.weight.is_cuda)
+        self.weight.add_(weight)
+        self.tokens.add_(weight)
 
     @contextlib.contextmanager
     def _factor(self, *factors: float | Tensor | None) -> Iterator[None]:
@@ -156,42 +271,6 @@ class Window:
         finally:
             for device, inv_scale in inv_scales.items():
                 inv_scale.copy_(self._inv_scales[device])
-
-    def move(self, device: torch.device) -> None:
-        """Follows the parameters to another device."""
-        for name, value in list(vars(self).items()):
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(device))
-
-    def end(self) -> None:
-        """Ends the last window, with the average in ``.grad``."""
-        if self.nonfinite == "skip_micro_batch":
-            self.commit_held()
-        try:
-            self.average_()
-        finally:
-            pending.discard(self)
-
-    def reset(self) -> None:
-        """Begins a window: no weight, nothing averaged."""
-        self.weight.zero_()
-        self._first_bad.zero_()
-        self.is_weighted = self.is_averaged = False
-        self._n_weighted = 0
-        pending.discard(self)
-
-    def saved_weight(self) -> Tensor:
-        """The weight as a file holds it: -1 where nothing is to be divided."""
-        return self.weight.clone() if self.is_pending else torch.full_like(self.weight, -1.0)
-
-    def load_weight(self, weight: Tensor) -> None:
-        """Goes on with a window that has this weight, or none, where it is -1."""
-        self.reset()
-        if weight.item() >= 0:
-            self.weight.copy_(weight.reshape(()))
-            self.is_weighted = True
-            self._n_weighted = self.attachment.micro_batches()
-            pending.add(self)
 
     # What is not finite
 
@@ -262,31 +341,50 @@ class Window:
     def is_pending(self) -> bool:
         """Whether ``.grad`` is a weighted sum that nobody has divided yet."""
         attachment = self.attachment
-        is_sum = self.is_weighted and not self.is_averaged
-        return is_sum and attachment is not None and attachment.micro_batches() > 0
+        if attachment is None or not attachment.groups:
+            return False
+        self.follow()
+        return self.is_weighted and not self.is_averaged and attachment.micro_batches() > 0
 
     def divisor(self) -> Tensor | None:
         """What ``.grad`` is to be divided by, 0-dim float64; None for nothing."""
-        if not self.is_pending:
-            return None
-        count = self.attachment.micro_batches()
-        if count != self._n_weighted:
+        if self.is_open and self.is_weighted:
+            self.check_closed("gradacc_kernels")
+        is_pending = self.is_pending
+        if self.is_averaged and self._tallies() != self._tallies_averaged:
             raise RuntimeError(
-                f"gradacc_kernels: {count - self._n_weighted} of the {count} backwards of this "
-                "window were outside of micro_batch(weight=...), so there is no average: give each "
-                "of them a weight"
+                "gradacc_kernels: gradients have arrived after this window was averaged, so there "
+                "is no average: drop the window by zero_grad(), and average after its last "
+                "micro-batch"
+            )
+        if not is_pending:
+            return None
+        if self.is_broken:
+            raise RuntimeError(BROKEN.format("gradacc_kernels"))
+        unweighted = self._unweighted()
+        if unweighted:
+            raise RuntimeError(
+                f"gradacc_kernels: {unweighted} backwards of this window were outside of "
+                "micro_batch(weight=...), so there is no average: give each of them a weight, or "
+                "drop the window by zero_grad()"
             )
         return torch.where(self.weight > 0, self.weight, 1.0)
 
+    def _mark_averaged(self) -> None:
+        self.is_averaged = True
+        self._tallies_averaged = self._tallies()
+        pending.discard(self)
+
     def average_(self, factor: Tensor | None = None) -> None:
         """Divides ``.grad`` by the weight of the window, once; multiplies it by factor as well."""
+        self.check_closed("average_")
         divisor = self.divisor()
         if divisor is not None:
             factor = divisor.reciprocal() if factor is None else factor / divisor
         if factor is not None:
             scale_grads_(self.attachment, factor)
-        self.is_averaged = self.is_averaged or divisor is not None
-        pending.discard(self)
+        if divisor is not None:
+            self._mark_averaged()
 
     def norm(self, *, from_slots: bool, params: Any = None) -> Tensor:
         """Returns the norm of the average."""
@@ -312,6 +410,7 @@ class Window:
         Returns:
             What step returned, the norm before clipping, and found_inf.
         """
+        self.check_closed("step")
         attachment = self.attachment
         params = [p for group in optimizer.param_groups for p in group["params"]]
         ours = {id(p) for p in attachment.params.values() if p.grad is not None}
@@ -326,53 +425,86 @@ class Window:
         whole = measure(attachment, from_slots=True)
         divisor = self.divisor()
         norm = whole.norm if divisor is None else (whole.norm / divisor).to(whole.norm.dtype)
+        # Clipping takes the norm of all, so that all of them have to be finite for it.
         of_optimizer = whole
-        if not ours <= theirs:
+        if max_norm is None and not ours <= theirs:
             of_optimizer = measure(attachment, from_slots=True, params=params)
         found_inf = of_optimizer.found_inf
         if self.nonfinite == "ignore":
             found_inf = torch.zeros_like(found_inf)
         if other_found_inf is not None:
             found_inf = torch.maximum(found_inf, other_found_inf)
+        # A window of weight 0 is skipped, and nothing has overflowed.
+        skip = found_inf
         if divisor is not None:
-            found_inf = torch.maximum(found_inf, (self.weight == 0).float())
-        factor = None if max_norm is None else clip_coefficient(norm, max_norm)
+            skip = torch.maximum(found_inf, (self.weight == 0).float())
+        factor = None
+        if max_norm is not None:
+            factor = clip_coefficient(norm, max_norm)
+            if self.nonfinite != "ignore":
+                factor = factor.nan_to_num_(nan=1.0)  # skipped; another optimizer's are not touched
 
         # Without weights a pass of its own is the better one: where nothing is to be clipped it
         # touches nothing, and the optimizer's kernel, told to divide, writes every gradient back.
         folds = getattr(optimizer, "_step_supports_amp_scaling", False)
         if folds and divisor is not None and ours == theirs:
-            result = self._step_folded(optimizer, step, divisor, factor, found_inf)
+            result = self._step_folded(optimizer, step, divisor, factor, skip)
         else:
             self.average_(factor)
             must_ask = self.nonfinite not in ("ignore", "raise") or divisor is not None
             must_ask = must_ask or other_found_inf is not None
             if folds:
-                result = self._step_folded(optimizer, step, None, None, found_inf)
+                result = self._step_folded(optimizer, step, None, None, skip)
             else:
-                result = None if must_ask and found_inf.item() else step()
+                result = None if must_ask and skip.item() else step()
         self.windows += 1
         self.has_skipped.zero_()
-        self.skipped_windows.add_(found_inf.to(torch.int64))
+        self.skipped_windows.add_(skip.to(torch.int64))
         for group in attachment.groups:
             group.hooks.end_window()
         return result, norm, found_inf
 
-    def _step_folded(self, optimizer, step, divisor, factor, found_inf) -> Any:
+    def _step_folded(self, optimizer, step, divisor, factor, skip) -> Any:
         """Lets the optimizer's kernel divide, clip and skip."""
         grad_scale = divisor
         if factor is not None:
             grad_scale = (1.0 if divisor is None else divisor) / factor.double()
-        optimizer.found_inf = found_inf
+        optimizer.found_inf = skip
         optimizer.grad_scale = None if grad_scale is None else grad_scale.float()
-        self.is_averaged = self.is_averaged or divisor is not None
-        pending.discard(self)
+        if divisor is not None:
+            self._mark_averaged()
         try:
             return step()
+        except BaseException:
+            if divisor is not None:
+                self.is_averaged = False
+                pending.add(self)
+            raise
         finally:
             for name in ("found_inf", "grad_scale"):
                 if name in vars(optimizer):
                     delattr(optimizer, name)
+
+
+def _checked(weight: Any) -> float | Tensor:
+    """Returns a weight as a number, or as a 0-dim float64 copy on its device; raises where bad."""
+    if isinstance(weight, Tensor):
+        if weight.numel() != 1 or weight.is_complex() or weight.requires_grad:
+            raise ValueError(
+                "micro_batch: weight must be a number or a tensor of one that does not require "
+                f"grad, got a {weight.dtype} tensor of shape {list(weight.shape)}"
+            )
+        if weight.device.type != "cpu":
+            return weight.detach().reshape(()).to(torch.float64, copy=True)
+        weight = weight.item()
+    if not isinstance(weight, numbers.Real):
+        raise TypeError(
+            f"micro_batch: weight must be a number or a tensor, got {type(weight).__name__}"
+        )
+    weight = float(weight)
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"micro_batch: weight must be finite and not negative, got {weight}")
+    return weight
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:

@@ -3,8 +3,10 @@
 =========================  ========================================================================
 ``format``                 int64: FORMAT
 ``scale``                  float64: the factor of attach, which is in the sums
-``weight``                 float64: the sum of the weights of its micro-batches, by which the sums
-                           are to be divided; -1 without weights
+``window``                 float64 of shape [3]: the sum of the weights of its micro-batches, by
+                           which the sums are to be divided, -1 without weights; 1 where a
+                           micro-batch was dropped, else 0; the number of the first that was not
+                           finite, 0 for none
 ``micro_batches.<name>``   int64, of every covered parameter: how many backwards have added to it;
                            -1 where its ``.grad`` is None
 ``main_grad.<name>``       its sum so far, in the dtype of its main gradient; absent with -1
@@ -20,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FORMAT = 1
+from gradacc_kernels.window import UNWEIGHTED
+
+FORMAT = 2
 NOT_BEGUN = -1
-UNWEIGHTED = -1.0
 _COUNT, _SUM = "micro_batches.", "main_grad."
 
 
@@ -31,7 +34,7 @@ def save(attachment: Any) -> dict[str, Tensor]:
     state = {
         "format": torch.tensor(FORMAT),
         "scale": torch.tensor(attachment.scale, dtype=torch.float64),
-        "weight": attachment.window.saved_weight(),
+        "window": attachment.window.state(),
     }
     for group, index, name, _ in attachment.members():
         total = group.hooks.current(index)
@@ -53,7 +56,7 @@ def load(attachment: Any, state: Mapping[str, Tensor]) -> None:
     for group, index, name, _ in attachment.members():
         total = state.get(_SUM + name)
         group.hooks.load(index, total, max(0, int(state[_COUNT + name])))
-    attachment.window.load_weight(state["weight"])
+    attachment.window.load(state["window"])
 
 
 def _check(attachment: Any, state: Mapping[str, Tensor]) -> None:
@@ -78,14 +81,12 @@ def _check(attachment: Any, state: Mapping[str, Tensor]) -> None:
             f"load_state_dict: the sums were scaled by {scale}, and the next gradients would be by "
             f"{attachment.scale}: attach with scale={scale}"
         )
-    weight = _number(state, "weight")
-    if not (weight == UNWEIGHTED or 0 <= weight < math.inf):
-        raise ValueError(f"load_state_dict: a window cannot have the weight {weight:g}")
+    _check_window(state)
     members = {name: group for group, _, name, _ in attachment.members()}
     missing = [name for name in members if _COUNT + name not in state]
     known = {prefix + name for prefix in (_COUNT, _SUM) for name in members}
     unknown = [
-        key for key in state if key not in known and key not in ("format", "scale", "weight")
+        key for key in state if key not in known and key not in ("format", "scale", "window")
     ]
     if missing or unknown:
         raise ValueError(
@@ -112,6 +113,25 @@ def _check(attachment: Any, state: Mapping[str, Tensor]) -> None:
             )
         if total is not None and (total.layout != torch.strided or total.is_meta):
             raise ValueError(f"load_state_dict: the sum of parameter {name} must be dense")
+
+
+def _check_window(state: Mapping[str, Tensor]) -> None:
+    window = state.get("window")
+    if window is None:
+        raise ValueError("load_state_dict: this is no state of an Accumulator: it lacks 'window'")
+    if window.shape != (3,) or window.dtype != torch.float64 or window.is_meta:
+        raise ValueError(
+            "load_state_dict: window must be torch.float64 of shape [3], got a "
+            f"{window.dtype} tensor of shape {list(window.shape)}"
+        )
+    weight, has_skipped, first_bad = window.tolist()
+    if not (weight == UNWEIGHTED or 0 <= weight < math.inf):
+        raise ValueError(f"load_state_dict: a window cannot have the weight {weight:g}")
+    if has_skipped not in (0, 1) or not (first_bad >= 0 and first_bad.is_integer()):
+        raise ValueError(
+            f"load_state_dict: a window cannot have dropped {has_skipped:g}, or have {first_bad:g} "
+            "as its first bad micro-batch"
+        )
 
 
 def _number(state: Mapping[str, Tensor], key: str) -> float:

@@ -212,6 +212,7 @@ def test_weights_and_scale_together():
     side.scaler.update()
     for a, b in zip(side.model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    side.optimizer.zero_grad()
     with side.accumulator.micro_batch(1):
         with pytest.raises(RuntimeError, match="inside of micro_batch"):
             side.scaler.update(2.0)

@@ -110,9 +110,9 @@ def test_what_has_begun_is_remembered(hook):
     params[1].grad = torch.ones(2, device=device)  # the user's, before any micro-batch
     state = accumulator.state_dict()
     assert {key: value.tolist() for key, value in state.items()} == {
-        "format": 1,
+        "format": 2,
         "scale": 1.0,
-        "weight": -1.0,
+        "window": [-1.0, 0.0, 0.0],
         "micro_batches.0": 2,
         "main_grad.0": [3.0, 3.0],
         "micro_batches.1": 0,
@@ -169,9 +169,13 @@ def setting(key, value):
 
 WRONG = {
     "no state": (lambda state: state.clear(), ValueError, "no state of an Accumulator"),
-    "another version": (setting("format", torch.tensor(2)), ValueError, "has format 2"),
+    "another version": (setting("format", torch.tensor(1)), ValueError, "has format 1"),
     "another scale": (setting("scale", torch.tensor(0.5)), ValueError, "scaled by 0.5"),
-    "a weight below zero": (setting("weight", torch.tensor(-2.0)), ValueError, "the weight -2"),
+    "a weight below zero": (
+        setting("window", torch.tensor([-2.0, 0.0, 0.0], dtype=torch.float64)),
+        ValueError,
+        "the weight -2",
+    ),
     "truncated": (lacking("micro_batches.3.weight"), ValueError, "it lacks 3.weight"),
     "a sum too few": (lacking("main_grad.0.bias"), ValueError, "0.bias has the count 1 and no sum"),
     "a count too few": (

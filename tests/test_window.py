@@ -187,11 +187,11 @@ def test_wrong_micro_batches():
         with pytest.raises(RuntimeError, match="inside of another"):
             with accumulator.micro_batch(2):
                 raise AssertionError
-    with pytest.raises(RuntimeError, match="a weight or none, got 1 of 1"):
+    with pytest.raises(RuntimeError, match="a weight or none, got one without"):
         with accumulator.micro_batch():
             raise AssertionError
     backward(model, batch())
-    with pytest.raises(RuntimeError, match="1 of the 2 backwards .* outside"):
+    with pytest.raises(RuntimeError, match="1 backwards of this window were outside"):
         accumulator.average_()
     model.zero_grad()
     with accumulator.micro_batch(2):

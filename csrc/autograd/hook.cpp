@@ -225,7 +225,7 @@ GradHooks::GradHooks(std::vector<at::Tensor> params, std::vector<at::Tensor> mai
     param.partials = std::move(partials[i]);
     params_.push_back(std::move(param));
   }
-  followed_.fill(-1);
+  known_backwards_.fill(-1);
 }
 
 void GradHooks::install(int64_t index) {
@@ -288,6 +288,13 @@ void GradHooks::expose(int64_t index) {
   restore(params_.at(index));
 }
 
+at::Tensor GradHooks::main_grad(int64_t index) {
+  const Lock lock(*this);
+  Param& param = params_.at(index);
+  make_view(param);
+  return param.exposed;
+}
+
 // Brings `.grad` back into main, and main back into `.grad`.
 void GradHooks::restore(Param& param) {
   adopt(param);
@@ -342,7 +349,7 @@ std::vector<Statistics> GradHooks::measure(bool from_slots,
       return;
     }
     if (renews && is_view) {
-      param.statistics_version = static_cast<int64_t>(grad._version());
+      describe(param);
     } else {
       alive.push_back(at::empty({num_chunks(numel)}, param.partials.options()));
       partials = static_cast<float*>(alive.back().data_ptr());
@@ -396,23 +403,48 @@ std::optional<at::Tensor> GradHooks::current(int64_t index) {
 int64_t GradHooks::micro_batches(int64_t index) {
   const Lock lock(*this);
   const Param& param = params_.at(index);
-  const bool has_begun = param.variable.grad().defined() && param.window == window_;
-  return has_begun ? param.micro_batches : 0;
+  return has_begun(param) ? param.micro_batches : 0;
 }
 
 int64_t GradHooks::most_micro_batches() {
   const Lock lock(*this);
   int64_t most = 0;
   for (const Param& param : params_)
-    if (param.window == window_ && param.variable.grad().defined())
-      most = std::max(most, param.micro_batches);
+    if (has_begun(param)) most = std::max(most, param.micro_batches);
   return most;
 }
 
 void GradHooks::end_window() {
   const Lock lock(*this);
   ++window_;
-  for (Param& param : params_) param.statistics_version.reset();  // a fused step may have written
+  for (Param& param : params_) {
+    param.statistics_version.reset();  // a fused step may have written
+    const at::Tensor& grad = param.variable.mutable_grad();
+    const bool is_view = grad.defined() && grad.is_same(param.exposed);
+    param.ended_version = is_view ? static_cast<int64_t>(grad._version()) : -1;
+  }
+}
+
+int64_t GradHooks::left_over() {
+  const Lock lock(*this);
+  for (size_t i = 0; i < params_.size(); ++i) {
+    const Param& param = params_[i];
+    const at::Tensor& grad = param.variable.mutable_grad();
+    if (param.window != window_ && grad.defined() && grad.is_same(param.exposed) &&
+        param.ended_version == static_cast<int64_t>(grad._version()))
+      return static_cast<int64_t>(i);
+  }
+  return -1;
+}
+
+Tally GradHooks::tally() {
+  const Lock lock(*this);
+  return tally_;
+}
+
+void GradHooks::weigh(bool is_weighted) {
+  const Lock lock(*this);
+  is_weighted_ = is_weighted;
 }
 
 void GradHooks::call_at_end(std::function<void()> call) {
@@ -472,6 +504,7 @@ void GradHooks::load(int64_t index, const std::optional<at::Tensor>& sum, int64_
   } else {
     retired_.push_back(std::exchange(param.variable.mutable_grad(), {}));
   }
+  tally_ = {tally_.window + 1, 0, 0};
   param.statistics_version.reset();
   param.micro_batches = micro_batches;
   param.window = window_;
@@ -516,14 +549,30 @@ bool GradHooks::adopt(Param& param) {
   return true;
 }
 
-// Makes `.grad` a view of main: a tensor of its own, with a version counter of its own.
+// A tensor of its own, with a version counter of its own, which others may have cast or drawn into
+// a graph since.
+void GradHooks::make_view(Param& param) {
+  if (param.exposed.defined() && is_ours(param.exposed, param) && !param.exposed.requires_grad())
+    return;
+  retired_.push_back(std::exchange(param.exposed, param.main.variable_data()));
+}
+
+// Makes `.grad` the view of main, which was written to.
 void GradHooks::show(Param& param) {
   at::Tensor& grad = param.variable.mutable_grad();
   if (!grad.defined() || !is_ours(grad, param)) {
-    retired_.push_back(std::exchange(grad, param.main.variable_data()));
-    retired_.push_back(std::exchange(param.exposed, grad));
+    make_view(param);
+    retired_.push_back(std::exchange(grad, param.exposed));
   }
+  grad.unsafeGetTensorImpl()->bump_version();
   param.exposed_version = static_cast<int64_t>(grad._version());
+}
+
+// The slots were written with main.
+void GradHooks::describe(Param& param) {
+  param.statistics_version.reset();
+  const at::Tensor& grad = param.variable.mutable_grad();
+  if (grad.is_same(param.exposed)) param.statistics_version = static_cast<int64_t>(grad._version());
 }
 
 void GradHooks::commit(const std::vector<Entry>& entries, int graph_task) {
@@ -540,10 +589,8 @@ void GradHooks::commit(const std::vector<Entry>& entries, int graph_task) {
                       device_);
   for (const Entry& entry : entries) {
     Param& param = *entry.param;
-    const at::Tensor& grad = param.variable.mutable_grad();
-    if (grad.defined()) grad.unsafeGetTensorImpl()->bump_version();
     show(param);
-    param.statistics_version = static_cast<int64_t>(param.variable.mutable_grad()._version());
+    describe(param);
   }
 }
 
@@ -558,17 +605,27 @@ at::Tensor GradHooks::consume(int64_t index, const at::Tensor& grad) {
               ". Call Accumulator.refresh() after moving parameters; detach and attach again after "
               "reshaping them.");
   // With grad mode on (create_graph) only stock accumulation keeps `.grad` differentiable.
-  if (at::GradMode::is_enabled()) return removed_ ? grad : grad * (inv_scale_ * scale_);
+  if (at::GradMode::is_enabled()) {
+    {
+      const Lock lock(*this);
+      if (removed_) return grad;
+      is_new_backward();
+      count(param, autograd::get_current_graph_task_id(), !param.variable.grad().defined());
+    }
+    return grad * (inv_scale_ * scale_);
+  }
   TORCH_CHECK(!grad.is_complex(), "gradacc_kernels: cannot accumulate a complex gradient");
   const auto type = grad.scalar_type();
   const bool is_supported = type == at::kHalf || type == at::kBFloat16 || type == at::kFloat;
   Entry entry{&param, in_layout_of(is_supported ? grad : grad.to(at::kFloat), param.main)};
+  // Whoever else has it, as a function of the user's that returns one buffer each time, may write
+  // to it as soon as this returns.
+  const bool is_shared = entry.grad.is_same(grad) && grad.use_count() > 2;
 
   const Lock lock(*this);
   if (removed_) return grad;
   check_not_reduced(param.variable);
-  follow_uses();
-  if (at_end_) backward_under_way();
+  begin_backward();
   if (is_holding_) {
     TORCH_CHECK(!is_watched(param) && autograd::get_current_graph_task_id() >= 0,
                 "gradacc_kernels: with nonfinite='skip_micro_batch' gradients are added after "
@@ -576,12 +633,13 @@ at::Tensor GradHooks::consume(int64_t index, const at::Tensor& grad) {
                 text(param.main.sizes()),
                 " inside of it: remove that hook, or attach with "
                 "nonfinite='skip_window'.");
+    if (is_shared) entry.grad = entry.grad.clone();
     enqueue(std::move(entry));
     return {};
   }
   settle(param);
-  if (static_cast<int64_t>(entry.grad.nbytes()) < queue_below_ && !is_watched(param) &&
-      autograd::get_current_graph_task_id() >= 0) {
+  if (static_cast<int64_t>(entry.grad.nbytes()) < queue_below_ && !is_shared &&
+      !is_watched(param) && autograd::get_current_graph_task_id() >= 0) {
     enqueue(std::move(entry));
   } else {
     commit({std::move(entry)}, autograd::get_current_graph_task_id());
@@ -589,11 +647,31 @@ at::Tensor GradHooks::consume(int64_t index, const at::Tensor& grad) {
   return {};
 }
 
-// Before the first gradient that a backward has for us is added, and most others are delivered.
-void GradHooks::follow_uses() {
+// Whether this is the first gradient that a backward has for us.
+bool GradHooks::is_new_backward() {
   const int graph_task = autograd::get_current_graph_task_id();
-  if (std::find(followed_.begin(), followed_.end(), graph_task) != followed_.end()) return;
-  followed_[n_followed_++ % followed_.size()] = graph_task;
+  const auto end = known_backwards_.end();
+  if (std::find(known_backwards_.begin(), end, graph_task) != end) return false;
+  known_backwards_[n_known_++ % known_backwards_.size()] = graph_task;
+  if (std::none_of(params_.begin(), params_.end(), [&](const Param& p) { return has_begun(p); }))
+    tally_ = {tally_.window + 1, 0, 0};
+  ++tally_.backwards;
+  if (!is_weighted_) ++tally_.unweighted;
+  return true;
+}
+
+// Whether the window has summed a gradient of it.
+bool GradHooks::has_begun(const Param& param) const {
+  return param.window == window_ && param.micro_batches > 0 && param.variable.grad().defined();
+}
+
+// Before the first gradient that a backward has for us is added, and most others are delivered.
+void GradHooks::begin_backward() {
+  if (is_new_backward()) follow_uses();
+  if (at_end_) backward_under_way();
+}
+
+void GradHooks::follow_uses() {
   std::vector<Param*> halves;
   std::vector<const autograd::Node*> leaves;
   for (Param& param : params_) {
@@ -765,8 +843,7 @@ bool GradHooks::add(int64_t index, c10::function_ref<bool(const MainGrad&)> add)
   const Lock lock(*this);
   if (removed_) return false;
   if (!param.variable.requires_grad()) return true;  // frozen since forward, as in consume
-  follow_uses();
-  if (at_end_) backward_under_way();
+  begin_backward();
   settle(param);
   const auto here = current_stream(device_);
   const auto home = here && param.node ? param.node->stream() : here;
@@ -791,7 +868,7 @@ bool GradHooks::add_beside(int64_t index, std::vector<at::Tensor> reads,
       if (!beside_)
         beside_ = c10::impl::VirtualGuardImpl(device_.type()).getStreamFromGlobalPool(device_);
       const auto backward = backward_under_way();
-      follow_uses();
+      begin_backward();
       if (param.backward.lock() != backward || !param.is_beside) settle(param);
       const Factor& prepared = factor();
       order(*here, *beside_);
@@ -820,12 +897,9 @@ void GradHooks::write(Param& param, c10::function_ref<bool(const MainGrad&)> add
   count(param, autograd::get_current_graph_task_id(), store);
   const bool has_statistics = add({param.main, static_cast<float*>(param.partials.data_ptr()),
                                    store || are_statistics_valid(param), factor, store});
-  const at::Tensor& grad = param.variable.mutable_grad();
-  if (grad.defined()) grad.unsafeGetTensorImpl()->bump_version();
   show(param);
   param.statistics_version.reset();
-  if (has_statistics)
-    param.statistics_version = static_cast<int64_t>(param.variable.mutable_grad()._version());
+  if (has_statistics) describe(param);
 }
 
 // Prepared once a backward: inv_scale may have changed since the last one.

@@ -48,6 +48,12 @@ struct Statistics {
   at::Tensor found_inf;
 };
 
+struct Tally {
+  int64_t window;      // its number
+  int64_t backwards;   // that brought a gradient
+  int64_t unweighted;  // of these, those outside of a micro-batch with a weight
+};
+
 // Raises where DistributedDataParallel reduces the gradients of a 16-bit parameter, which it cannot
 // do in float32.
 void check_not_reduced(const at::Tensor& param);
@@ -86,6 +92,9 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   void remove();
   // Makes a parameter's `.grad` a view of main, with the value that `.grad` had.
   void expose(int64_t index);
+  // The view of main that is `.grad`, or will be: always the same tensor, so that its version
+  // counter tells of every write through a reference that somebody has kept.
+  at::Tensor main_grad(int64_t index);
   // Declares the statistics slots stale.
   void invalidate();
   // From now on inv_scale may be another number than 1; false when a graph was captured that would
@@ -107,6 +116,13 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   int64_t micro_batches(int64_t index);
   int64_t most_micro_batches();  // of any parameter
   void end_window();
+  // A parameter whose `.grad` is still what a window that has ended left in it, or -1.
+  int64_t left_over();
+  // What the backwards of the last window were. One begins with a gradient that arrives where no
+  // parameter has summed anything.
+  Tally tally();
+  // Whether the backwards that follow are those of a micro-batch with a weight.
+  void weigh(bool is_weighted);
   // Makes the window one that has summed this, or none, in so many micro-batches.
   void load(int64_t index, const std::optional<at::Tensor>& sum, int64_t micro_batches);
 
@@ -148,7 +164,7 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
     at::Tensor partials;
     at::ScalarType dtype;
     bool is_cast = false;          // whether its gradient comes in float32, of uses in 16 bits
-    at::Tensor exposed;            // the tensor last made `.grad`
+    at::Tensor exposed;            // the view of main that is made `.grad`
     int64_t exposed_version = -1;  // of it, when a gradient was last added
     std::optional<int64_t> statistics_version;
     decltype(torch::autograd::impl::grad_accumulator(at::Tensor())) node;
@@ -157,7 +173,8 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
     bool is_beside = false;            // whether an addition may be under way on beside_
     int64_t micro_batches = 0;         // of the window below
     int64_t window = 0;
-    int graph_task = -1;  // the last one that was counted
+    int graph_task = -1;         // the last one that was counted
+    int64_t ended_version = -1;  // of exposed, when end_window left it in `.grad`
     WindowCast cast;
   };
 
@@ -180,10 +197,15 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   bool are_statistics_valid(const Param& param) const;
   at::Tensor sum_of(const at::Tensor& grad, const Param& param) const;
   bool adopt(Param& param);
+  void make_view(Param& param);
   void show(Param& param);
+  void describe(Param& param);
   void restore(Param& param);
   bool is_watched(const Param& param) const;
   void settle(Param& param);
+  bool is_new_backward();
+  void begin_backward();
+  bool has_begun(const Param& param) const;
   void follow_uses();
   void count(Param& param, int graph_task, bool store);
   const Factor& factor();
@@ -210,8 +232,10 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   std::vector<Accumulation> items_;                 // scratch of commit
   std::vector<at::Tensor> retired_;                 // what `.grad` gave up, until the mutex is free
   int64_t window_ = 0;                              // counts ends of windows
-  std::array<int, 8> followed_;                     // the last backwards whose uses were counted
-  size_t n_followed_ = 0;
+  Tally tally_ = {0, 0, 0};
+  bool is_weighted_ = false;
+  std::array<int, 8> known_backwards_;  // the last ones
+  size_t n_known_ = 0;
   SharedInput shared_input_;
   std::optional<c10::Stream> beside_;  // made at its first use
   Factor factor_;                      // of the backward and stream below

@@ -140,6 +140,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("micro_batches", &GradHooks::micro_batches, NoGil())
       .def("most_micro_batches", &GradHooks::most_micro_batches, NoGil())
       .def("end_window", &GradHooks::end_window, NoGil())
+      .def("left_over", &GradHooks::left_over, NoGil())
+      .def("tally",
+           [](GradHooks& hooks) {
+             const pybind11::gil_scoped_release no_gil;
+             const gradacc::Tally tally = hooks.tally();
+             return std::make_tuple(tally.window, tally.backwards, tally.unweighted);
+           })
+      .def("weigh", &GradHooks::weigh, NoGil())
+      .def("main_grad", &GradHooks::main_grad, NoGil())
       .def("call_at_end",
            [](GradHooks& hooks, py::object call) {
              auto at_end = gradacc::with_gil(std::move(call));
