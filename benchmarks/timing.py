@@ -115,7 +115,7 @@ def time_cuda(calls: Calls, *, calls_per_event: int = 1, repetitions: int = 25) 
 
 
 @functools.cache
-def _capture_stream() -> torch.cuda.Stream:
+def capture_stream() -> torch.cuda.Stream:
     """Returns the one stream of all captures: cuBLAS keeps a workspace for each."""
     return torch.cuda.Stream()
 
@@ -130,7 +130,7 @@ def capture(
         warm_up: runs once before, on the same stream, so that workspaces and autograd's nodes
             are of that stream; None for ``step`` itself.
     """
-    stream = _capture_stream()
+    stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         (warm_up or step)()
