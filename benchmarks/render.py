@@ -16,6 +16,8 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end generated -->
     embedding DEVICE          the embedding's part of wgrad_DEVICE.json
     close DEVICE              closing a window: close_DEVICE.json
     memory DEVICE             bytes a parameter: memory_DEVICE.json, and memory_peers.py
+    hook DEVICE               host time of a gradient's hook: hook_DEVICE.json
+    queue DEVICE              adding at once or waiting for a common launch: queue_DEVICE.json
     master_params DEVICE      losses with float32 masters: master_params_DEVICE.json
 """
 
@@ -482,6 +484,116 @@ def master_params_block(device: str) -> str:
     return table(columns, lines, results)
 
 
+def hook_block(device: str) -> str:
+    """Returns the block ``hook DEVICE``."""
+    results = load(f"hook_{device}")
+    is_timed = any(r["busy_us"] is not None for r in results["rows"])
+    columns = ["host, a parameter", "us", "over no hook", "backward"]
+    columns += ["GPU busy", "GPU idle"] if is_timed else []
+    lines = []
+    for name, group in groupby(results["rows"], key=lambda r: r["case"]):
+        rows = list(group)
+        title = f"*{name}{arrival(rows[0]) if is_timed else ''}*"
+        lines.append([title, *(len(columns) - 1) * [""]])
+        lines += [hook_line(r, is_timed) for r in rows]
+    text = table(columns, lines, results)
+    if results["targets"]:
+        text += "\n" + targets_table(results["targets"])
+    return text
+
+
+def arrival(result: dict) -> str:
+    """Returns what the C++ hook does with a case's gradients."""
+    told = {"queued": "queued", "at once": "added at once", "both": "small ones queued"}
+    return f", {told[result['arrival']]}"
+
+
+def hook_line(result: dict, is_timed: bool) -> list[str]:
+    """Returns a way's line; what is over no hook is left out where there is none."""
+    is_baseline = result["role"] == "none"
+    line = [escape(result["name"]), f"{result['host_us_per_param']:.2f}"]
+    line.append("" if is_baseline else f"{result['over_none_us_per_param']:.2f}")
+    line.append(duration(result["wall_us"]))
+    if is_timed:
+        for key in ("busy_us", "idle_us"):
+            line.append("" if result[key] is None else duration(result[key]))
+    return bold(line) if result["role"] == "ours" else line
+
+
+def targets_table(targets: Sequence[dict]) -> str:
+    """Returns the table of what was aimed at."""
+    lines = [table_line(["target", "at most", "measured", "met"]), "|---|--:|--:|---|"]
+    for t in targets:
+        name = escape(f"{t['case']}: {t['what']}")
+        met = "yes" if t["met"] else "no"
+        cells = [name, f"{t['target_us']:.1f}", f"{t['measured_us']:.2f}", met]
+        lines.append(table_line(cells))
+    return "\n".join(lines) + "\n"
+
+
+QUEUE_FIGURES = {
+    "gpu_us": "GPU time, in a CUDA graph",
+    "wall_us": "wall clock",
+    "host_us": "host, backward alone",
+    "peak_bytes": "peak over the model, GB",
+}
+
+
+def queue_block(device: str) -> str:
+    """Returns the block ``queue DEVICE``."""
+    results = load(f"queue_{device}")
+    cases: dict[tuple[str, str], dict[tuple[int, int], dict]] = {}
+    others: dict[tuple[str, str], dict] = {}
+    for r in results["rows"]:
+        if r["role"] == "attach":
+            cases.setdefault((r["model"], r["fuse"]), {})[r["below"], r["bytes"]] = r
+        else:
+            others[r["model"], r["role"]] = r
+    points = list(dict.fromkeys(point for case in cases.values() for point in case))
+    columns = ["queued below, up to", *(f"{binary(a)}, {binary(b)}" for a, b in points)]
+    columns += ["PyTorch", "thrown away", "default / best"]
+    found = {(b["model"], b["fuse"], b["figure"]): b for b in results["best"]}
+    lines = []
+    for figure, title in QUEUE_FIGURES.items():
+        if all(r[figure] is None for r in results["rows"]):
+            continue
+        lines.append([f"*{title}*", *(len(columns) - 1) * [""]])
+        for (model, fuse), case in cases.items():
+            line = [f"{model}, fuse={fuse}"]
+            for point in points:
+                cell = queue_cell(case.get(point), figure)
+                is_default = point in case and case[point]["default"]
+                line += bold([cell]) if is_default else [cell]
+            line += [queue_cell(others.get((model, role)), figure) for role in ("stock", "floor")]
+            best = found.get((model, fuse, figure))
+            line.append("" if best is None else best_cell(best))
+            lines.append(line)
+    return table(columns, lines, results)
+
+
+def queue_cell(result: dict | None, figure: str) -> str:
+    """Returns a figure of a row."""
+    if result is None or result[figure] is None:
+        return ""
+    if figure == "peak_bytes":
+        return f"{result[figure] / 1e9:.3f}"
+    return f"{result[figure] / 1000:#.4g} ms"
+
+
+def best_cell(best: dict) -> str:
+    """Returns how far the default is from the best point, and which that is."""
+    point = f"{binary(best['below'])}, {binary(best['bytes'])}"
+    return f"{best['default_over_best']:.3f} ({point})"
+
+
+def binary(nbytes: int) -> str:
+    """Returns bytes with a binary unit."""
+    for shift, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if nbytes >> shift:
+            return f"{nbytes >> shift} {unit}"
+    return str(nbytes)
+
+
 def rates_of(results: dict) -> str:
     """Returns the sentence that says where the floors come from."""
     rates = results["rates"]
@@ -501,6 +613,8 @@ BLOCKS = {
     "close": close_block,
     "memory": memory_block,
     "master_params": master_params_block,
+    "hook": hook_block,
+    "queue": queue_block,
 }
 
 

@@ -5,6 +5,7 @@
 #   accumulate   the elementwise kernels            training     a micro-batch in CUDA graphs
 #   wgrad        weight gradients, embeddings       eager        training loops, and their memory
 #   close        closing a window                   memory       bytes a parameter
+#   hook         what a hook costs the host          queue        adding at once or waiting
 #   master_params  training with float32 masters
 #
 # Builds the extension in place first, for the GPU that is there, unless one lies there already.
@@ -43,6 +44,8 @@ for part in "$@"; do
     accumulate) benchmark accumulate benchmarks/bench_accumulate.py ;;
     training) benchmark training benchmarks/bench_training.py ;;
     wgrad) benchmark wgrad benchmarks/bench_wgrad.py ;;
+    hook) benchmark hook benchmarks/bench_hook.py ;;
+    queue) benchmark queue benchmarks/bench_queue.py ;;
     close) benchmark close benchmarks/bench_close.py ;;
     memory) benchmark memory benchmarks/bench_memory.py ;;
     master_params) benchmark master_params benchmarks/bench_master_params.py ;;
