@@ -60,6 +60,8 @@ def three_digits(value: float) -> str:
 
 def duration(microseconds: float) -> str:
     """Returns a time with its unit."""
+    if microseconds >= 999.5e3:
+        return f"{three_digits(microseconds / 1e6)} s"
     if microseconds >= 999.5:
         return f"{three_digits(microseconds / 1000)} ms"
     return f"{three_digits(microseconds)} us"
