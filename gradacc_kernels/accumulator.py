@@ -126,6 +126,7 @@ class Accumulator:
         """
         attachment = self._reference()
         if attachment is not None:
+            attachment.window.check_closed("detach")
             attachment.detach()
         self._owned = None
         self._reference = lambda: None

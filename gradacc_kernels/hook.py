@@ -70,7 +70,7 @@ def _is_covered(param: Tensor) -> bool:
 def _is_pending(param: Tensor) -> bool:
     group, _ = _find(param)
     return group is not None and any(
-        group in w.attachment.groups and w.is_pending for w in list(window.pending)
+        w.is_pending and group in w.attachment.groups for w in list(window.pending)
     )
 
 
@@ -340,7 +340,7 @@ class _Attachment:
             for handle in self.handles:
                 handle.remove()
             with contextlib.suppress(RuntimeError):
-                self.window.end()
+                self.window.end(self)
             if self.fused is not None:
                 self.fused.remove()
             for group in self.groups:

@@ -135,14 +135,19 @@ class Window:
         for group in self.attachment.groups:
             group.hooks.weigh(self.is_open and self.is_weighted)
 
-    def end(self) -> None:
-        """Ends the last window, with the average in ``.grad``."""
-        self.check_closed("detach")
-        if self.nonfinite == "skip_micro_batch":
-            self.commit_held()
+    def end(self, attachment: Any) -> None:
+        """Ends the last window, with the average in ``.grad``.
+
+        Args:
+            attachment: whose window this is, which may have no references left.
+        """
+        self._attachment = lambda: attachment
         try:
+            if self.nonfinite == "skip_micro_batch":
+                self.commit_held()
             self.average_()
         finally:
+            self._attachment = lambda: None
             pending.discard(self)
 
     # Saving

@@ -350,6 +350,17 @@ def test_what_was_bad_is_saved(hook, nonfinite):
     assert seen[0] == 4 if nonfinite == "skip_micro_batch" else "micro-batch 1 of 2" in seen[0]
 
 
+@every_hook
+def test_dropping_the_accumulator_of_a_list_leaves_the_average(hook):
+    device, backend = hook
+    param = zero(device)
+    accumulator = gk.attach([param], backend=backend)
+    for weight, value in ((3, 1.0), (5, 2.0)):
+        weighted(accumulator, param, weight, value)
+    del accumulator
+    assert param.grad.item() == 13 / 8
+
+
 # Whose memory it is
 
 
