@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_accumulate import llama_1b
 from environment import environment
+from shapes import llama_1b
 from torch import Tensor
 
 import gradacc_kernels as gk
