@@ -7,6 +7,7 @@ again.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import itertools
@@ -21,6 +22,8 @@ Calls = Sequence[Callable[[], object]]
 
 COLD_BYTES = 256 << 20  # four times the L2 of an H200
 MAX_CLOCK_HZ = 3e9  # no GPU's clock is higher, so a spin lasts at least as long as was asked for
+REPLAYS = 0.12  # seconds of replays, of 7 to 25, of a graph whose time is taken from another's
+MAX_HOLD = 1.0  # seconds of a spin; a queue that is full holds the host for as long as the spin
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,17 @@ def rotation(bytes_per_call: float) -> int:
 
 
 def _time_on_gpu(
-    timer: str, issue: Callable[[], object], calls_per_issue: int, repetitions: int
+    timer: str,
+    issue: Callable[[], object],
+    calls_per_issue: int,
+    repetitions: int,
+    *,
+    before: Callable[[], object] | None = None,
+    seconds: float = float("inf"),
 ) -> Timing:
-    """Times what ``issue`` puts on the stream.
+    """Times what ``issue`` puts on the stream, each time after ``before``, which is not timed.
+
+    After ``seconds`` it ends with 3 samples in place of ``repetitions``.
 
     A spinning kernel holds the stream until everything is queued, so that the events see the GPU's
     time alone. Repetitions whose launches outlasted the spin are left out. If all did (the calls
@@ -76,17 +87,26 @@ def _time_on_gpu(
     hold = 1e-3
     ahead: list[tuple[float, float]] = []
     behind: list[tuple[float, float]] = []
+    end = time.perf_counter() + seconds
     while len(ahead) < repetitions and len(behind) < repetitions:
+        if time.perf_counter() > end:
+            repetitions = min(repetitions, 3)
+            if max(len(ahead), len(behind)) >= repetitions:
+                break
         torch.cuda.synchronize()
         torch.cuda._sleep(int(hold * MAX_CLOCK_HZ))
+        queued = time.perf_counter()
+        if before is not None:
+            before()
         start.record()
         begin = time.perf_counter()
         issue()
         launch = time.perf_counter() - begin
         stop.record()
+        held = time.perf_counter() - queued
         torch.cuda.synchronize()
-        is_ahead = launch < hold
-        hold = max(hold, 2 * launch)
+        is_ahead = held < hold
+        hold = min(MAX_HOLD, max(hold, 2 * held))
         sample = start.elapsed_time(stop) * 1e3 / calls_per_issue, launch * 1e6 / calls_per_issue
         (ahead if is_ahead else behind).append(sample)
     if len(ahead) < repetitions:
@@ -95,13 +115,22 @@ def _time_on_gpu(
     return Timing(timer, *quantiles(gpu), statistics.median(host))
 
 
-def time_cuda(calls: Calls, *, calls_per_event: int = 1, repetitions: int = 25) -> Timing:
+def time_cuda(
+    calls: Calls,
+    *,
+    calls_per_event: int = 1,
+    repetitions: int = 25,
+    before: Callable[[], object] | None = None,
+    seconds: float = float("inf"),
+) -> Timing:
     """Returns the GPU time of one call, between events, without the cost of its launches.
 
     Args:
         calls: see the module; each runs once before timing starts.
         calls_per_event: calls between two events; for times not far above a microsecond.
         repetitions: samples.
+        before: runs before the first of the two events, each time.
+        seconds: after which 3 samples are enough.
     """
     for call in calls:
         call()
@@ -111,7 +140,9 @@ def time_cuda(calls: Calls, *, calls_per_event: int = 1, repetitions: int = 25) 
         for _ in range(calls_per_event):
             next(turn)()
 
-    return _time_on_gpu("events", issue, calls_per_event, repetitions)
+    return _time_on_gpu(
+        "events", issue, calls_per_event, repetitions, before=before, seconds=seconds
+    )
 
 
 @functools.cache
@@ -179,30 +210,47 @@ def time_replays(
     return Timing(timer, *quantiles(gpu), host)
 
 
-def time_cuda_graph(calls: Calls, *, repetitions: int = 25) -> Timing:
-    """Returns the GPU time of one call, from replays of a CUDA graph that holds all calls once."""
+def time_difference(
+    whole: Callable[[], object], rest: Callable[[], object] | None, *, calls: int
+) -> Timing:
+    """Returns the GPU time of one of the ``calls`` that ``whole`` makes and ``rest`` does not.
 
-    def all_calls():
-        for call in calls:
-            call()
+    Both are replayed as CUDA graphs; the median time of ``rest`` is taken from each quantile of
+    ``whole``. The host's part is that of the whole graph.
 
-    graph = capture(all_calls)
-    return time_replays(
-        graph, calls=len(calls), min_repetitions=repetitions, max_repetitions=repetitions
-    )
+    Raises:
+        RuntimeError: the calls took no time beyond the noise of the rest.
+    """
+    timing = time_replays(capture(whole), calls=calls, seconds=REPLAYS)
+    if rest is None:
+        return timing
+    other = time_replays(capture(rest), calls=calls, seconds=REPLAYS).p50
+    p20, p50, p80 = (quantile - other for quantile in (timing.p20, timing.p50, timing.p80))
+    if p50 <= 0:
+        raise RuntimeError(f"the calls take no time: {timing.p50} us a call, {other} without them")
+    return dataclasses.replace(timing, p20=p20, p50=p50, p80=p80)
 
 
 def time_cpu(
-    calls: Calls, *, seconds: float = 0.3, min_repetitions: int = 7, max_repetitions: int = 200
+    calls: Calls,
+    *,
+    before: Sequence[Callable[[], object]] = (),
+    seconds: float = 0.3,
+    min_repetitions: int = 7,
+    max_repetitions: int = 200,
 ) -> Timing:
-    """Returns the wall time of one call; samples for about ``seconds``."""
+    """Returns the wall time of one call; samples for about ``seconds``.
+
+    Each call runs after its own of ``before``, if there are any, whose time is not counted.
+    """
     for call in calls:
         call()
     samples: list[float] = []
-    turn = itertools.cycle(calls)
+    turn = itertools.cycle(zip(before or len(calls) * [lambda: None], calls, strict=True))
     end = time.perf_counter() + seconds
     while len(samples) < max_repetitions:
-        call = next(turn)
+        prepare, call = next(turn)
+        prepare()
         begin = time.perf_counter()
         call()
         now = time.perf_counter()
@@ -218,8 +266,11 @@ def sample_wall(
     seconds: float,
     min_repetitions: int = 7,
     max_repetitions: int = 200,
+    before: Callable[[], object] | None = None,
 ) -> list[tuple[float, float]]:
     """Returns (wall, host) microseconds of single calls; samples for about ``seconds``.
+
+    ``before`` runs before each call, and has ended when the clock starts.
 
     The wall time ends when the device has finished, the host's part when the call returns: where
     the two are close, the device waited for the host.
@@ -230,6 +281,10 @@ def sample_wall(
     while len(samples) < min_repetitions or (
         len(samples) < max_repetitions and time.perf_counter() < end
     ):
+        if before is not None:
+            before()
+            if is_cuda:
+                torch.cuda.synchronize()
         begin = time.perf_counter()
         call()
         returned = time.perf_counter()
