@@ -130,6 +130,12 @@ BANDWIDTH_COLUMNS: Columns = {
     "launch us": lambda r: "" if r["host_us"] is None else f"{r['host_us']:.1f}",
 }
 
+CACHE_COLUMNS: Columns = {
+    "case": BANDWIDTH_COLUMNS["case"],
+    "cache": lambda r: r["cache"],
+    **BANDWIDTH_COLUMNS,
+}
+
 
 def table(rows: Sequence[dict], columns: Columns = BANDWIDTH_COLUMNS, *, n_text: int = 5) -> str:
     """Returns an aligned text table: the first ``n_text`` columns on the left, numbers right."""
