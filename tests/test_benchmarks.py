@@ -1,0 +1,155 @@
+"""Tests of what the benchmarks count with: shapes, ways and their check, targets, timers."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import accumulate_ways  # noqa: E402
+import bench_accumulate  # noqa: E402
+import bench_multi_tensor  # noqa: E402
+import shapes  # noqa: E402
+import targets  # noqa: E402
+import timing  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "numel", "tensors"),
+    [
+        ("llama-3.2-1b", 1_235_814_400, 146),
+        ("llama-3-8b", 8_030_261_248, 291),
+        ("gpt2", 124_439_808, 148),
+        ("resnet-50", 25_557_032, 161),
+        ("vit-l-16", 304_326_632, 296),
+        ("400x2048", 400 * 2048, 400),
+        ("10000x16", 10000 * 16, 10000),
+    ],
+)
+def test_shapes_have_the_published_number_of_parameters(name, numel, tensors):
+    assert (shapes.numel(shapes.SHAPES[name]), len(shapes.SHAPES[name])) == (numel, tensors)
+
+
+def ways(is_list):
+    """All ways that run on the CPU, on our eager backend, which is always there."""
+    found = accumulate_ways.our_ways("reference", is_list) + accumulate_ways.peer_ways()
+    if not is_list:
+        found += accumulate_ways.single_tensor_ways() + accumulate_ways.fp32_ways()
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [[(3, 5)], [(1000,), (7,), (2, 600)]], ids=str)
+def test_every_way_passes_its_check_twice(monkeypatch, sizes, dtype):
+    monkeypatch.setitem(accumulate_ways.PIECE, "cpu", 600)  # pieces that end inside of tensors
+    buffers = accumulate_ways.Buffers(sizes, dtype, CPU)
+    for way in ways(len(sizes) > 1):
+        for _ in range(2):
+            buffers.keep(way.buffers)
+            accumulate_ways.check(way, buffers)
+
+
+def test_a_wrong_element_and_a_wrong_norm_fail_the_check():
+    buffers = accumulate_ways.Buffers([(2000,)], torch.bfloat16, CPU)
+    terms = {"main": 1.0, "grad": 1.0}
+
+    def but_one(b):
+        b.main[:-1] += b.grad[:-1]
+
+    def norm_of_half(b):
+        b.main += b.grad
+        return b.main[:1000].norm(), torch.zeros(())
+
+    for run, bound, message in ((but_one, None, "rounding"), (norm_of_half, 1e-3, "norm")):
+        way = accumulate_ways.Way("wrong", "torch", 10, 1, run, terms, norm_bound=bound)
+        with pytest.raises(RuntimeError, match=message):
+            accumulate_ways.check(way, buffers)
+
+
+def test_a_warm_call_is_between_a_write_of_its_gradient_and_the_next(monkeypatch):
+    monkeypatch.setattr(accumulate_ways, "COLD_BYTES", 64)
+    case = accumulate_ways.Case([(4,)], torch.bfloat16, CPU)
+    grads = []
+    way = accumulate_ways.Way(
+        "none", "torch", 0, 0, lambda b: grads.append(b.grad.clone()), {"grad": 1.0}
+    )
+    before = [b.grad.clone() for b in case.sets]
+    case.each(way, writes=True, runs=True)
+    assert len(case.sets) == accumulate_ways.MAX_SETS == len(grads)
+    assert all(torch.equal(now, -then) for now, then in zip(grads, before, strict=True))
+    case.each(way, writes=True, runs=False)
+    assert len(grads) == len(case.sets)
+    assert all(torch.equal(b.grad, then) for b, then in zip(case.sets, before, strict=True))
+
+
+def test_the_time_of_the_rest_is_subtracted(monkeypatch):
+    monkeypatch.setattr(timing, "capture", lambda step: step)
+    times = {"whole": timing.Timing("graph", 9.0, 10.0, 12.0, 1.0)}
+    times["rest"] = timing.Timing("graph", 3.0, 4.0, 5.0, 1.0)
+    monkeypatch.setattr(timing, "time_replays", lambda graph, **_: times[graph])
+    assert timing.time_difference("whole", "rest", calls=2) == timing.Timing(
+        "graph", 5.0, 6.0, 8.0, 1.0
+    )
+    assert timing.time_difference("whole", None, calls=2) == times["whole"]
+    with pytest.raises(RuntimeError, match="no time"):
+        timing.time_difference("rest", "whole", calls=2)
+
+
+def test_sizes_are_powers_of_two_and_what_is_added():
+    assert bench_accumulate.sizes("10,31+8") == {"2^10": 1024, "2^31+8": 2**31 + 8}
+    assert bench_accumulate.sizes("") == {}
+
+
+def row(name, backend, case, p50, share, **labels):
+    return {
+        "name": name,
+        "backend": backend,
+        "case": case,
+        "dtype": "bf16",
+        "cache": "cold",
+        "timer": "events",
+        "host_us": 1.0,
+        "p50_us": p50,
+        "share_of_copy": share,
+        "gb_per_s": 1000 * share,
+        **labels,
+    }
+
+
+def test_targets_of_one_tensor():
+    ours = "accumulate_ + grad_stats"
+    rows = [
+        row(ours, "cuda", "2^28", 10.0, 0.985),
+        row(ours, "cuda", "2^28", 1.0, 3.0, cache="warm"),
+        row(ours, "cuda", "2^30", 40.0, 1.0),
+        row(ours, "cuda", "2^31+8", 80.0, 0.9),
+        row("main.add_(grad)", "torch", "2^28", 14.0, 0.7),
+    ]
+    found = {
+        t["name"]: (t["target"], t["measured"], t["met"])
+        for t in map(dict, bench_accumulate.targets_of(rows))
+    }
+    assert found[f"{ours}, bf16: share of copy"] == (">= 0.98", 0.985, True)
+    assert found[f"{ours}, fp16: share of copy"] == (">= 0.98", None, None)
+    assert found[f"main.add_(grad) / {ours}: time"] == (">= 1.45", 1.4, False)
+    assert found[f"{ours}, 2^31+8: bandwidth / that of 2^30"] == (">= 0.97", 0.9, False)
+
+
+def test_targets_of_lists_take_the_graph_and_not_the_wall():
+    ours = "multi_accumulate_ + grad_stats"
+    rows = [
+        row(ours, "cuda", "400x2048", 20.0, 0.1),
+        row(ours, "cuda", "400x2048", 10.0, 0.2, timer="graph"),
+        row("main.add_(grad)", "torch", "400x2048", 9000.0, 0.0, timer="wall"),
+        row("main.add_(grad)", "torch", "400x2048", 1250.0, 0.0, timer="graph"),
+        row(ours, "triton", "llama-3.2-1b", 3000.0, 0.91),
+    ]
+    found = {t["name"]: (t["measured"], t["met"]) for t in bench_multi_tensor.targets_of(rows)}
+    assert found["400x2048: us"] == (10.0, True)
+    assert found["400x2048: time / that of a loop of add_"] == (0.008, True)
+    assert found["llama-3.2-1b, triton: share of copy"] == (0.91, True)
+    assert "NO" in targets.table([targets.target("x", 2.0, 1.0, at_most=True)])
