@@ -1,13 +1,17 @@
-"""Writes what the benchmarks found into the documents: tables, and a picture.
+"""Writes what the benchmarks found into the documents: tables, and pictures.
 
     python benchmarks/render.py            rewrite the blocks in README.md and docs/*.md, and the
-                                           pictures docs/accumulate.png and docs/training.png
+                                           pictures docs/accumulate.png, sizes.png, roofline.png
+                                           and training.png, as far as there are results for them
     python benchmarks/render.py --check    write nothing; exit 1 when something would change
 
 A block stands between ``<!-- generated: NAME -->`` and ``<!-- end generated -->``. NAME is
 
     accumulate DEVICE         one compact table of benchmarks/results/accumulate_DEVICE.json
     accumulate DEVICE full    every row of it
+    multi_tensor DEVICE       lists of tensors, served by the default backend: multi_tensor_DEVICE
+    multi_tensor DEVICE full  every row of it
+    targets BENCHMARK DEVICE  the targets of BENCHMARK_DEVICE.json, met or not
     training DEVICE           GPU time of a micro-batch: training_DEVICE.json
     accuracy DEVICE           the gradients' errors: training_DEVICE.json
     eager DEVICE              wall-clock time and peak memory: eager_DEVICE.json
@@ -37,6 +41,7 @@ from memory_peers import PEERS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+CHAIN = "main.add_(grad) + unscale, check + norm"
 COMPACT_TOKENS = (256, 1024, 4096)
 BLOCK = re.compile(r"(<!-- generated: (.*?) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
 
@@ -72,6 +77,16 @@ def is_graph(result: dict) -> bool:
     return result["timer"].startswith("graph")
 
 
+def timer_of(result: dict) -> str:
+    """Returns what a row was timed with: events, graph or wall."""
+    return result["timer"].split(",")[0]
+
+
+def is_cold(result: dict) -> bool:
+    """Tells whether a row was timed with cold caches, as all are in files without warm ones."""
+    return result.get("cache", "cold") == "cold"
+
+
 def describe(case: Sequence[dict]) -> str:
     """Returns the heading of a case."""
     first = case[0]
@@ -83,11 +98,12 @@ def describe(case: Sequence[dict]) -> str:
     )
 
 
-def markdown_row(result: dict, ours: dict | None, with_launch: bool) -> str:
+def markdown_row(result: dict, ours: dict | None, with_launch: bool, warm: Sequence[str]) -> str:
     """Returns one line of a table, in bold for the row that the others are compared with."""
     name = result["name"].replace("_", r"\_").replace("*", r"\*")
     details = [] if result["backend"] == "torch" else [result["backend"]]
     details += ["CUDA graph"] if is_graph(result) else []
+    details += ["wall"] if timer_of(result) == "wall" and with_launch else []
     details += ["host-bound"] if result["timer"].endswith("host-bound") else []
     cells = [
         f"{name}, {', '.join(details)}" if details else name,
@@ -96,9 +112,10 @@ def markdown_row(result: dict, ours: dict | None, with_launch: bool) -> str:
         f"{result['gb_per_s']:.4g}",
         f"{result['share_of_copy']:.2f}",
         "" if ours is None else f"{result['p50_us'] / ours['p50_us']:.2f}x",
+        *warm,
     ]
     if result is ours:
-        cells = [f"**{cell}**" for cell in cells]
+        cells = bold(cells)
     return table_line(cells)
 
 
@@ -108,17 +125,32 @@ def table_line(cells: Sequence[str]) -> str:
 
 
 def markdown_table(cases: Sequence[Sequence[dict]], results: dict) -> str:
-    """Returns one table of several cases, and under it what it was measured with."""
+    """Returns one table of several cases, and under it what it was measured with.
+
+    A way's time with a warm gradient is a column of its last line.
+    """
     backend = results["environment"]["backend"]
     with_launch = any(result["host_us"] is not None for case in cases for result in case)
+    with_warm = any(not is_cold(result) for case in cases for result in case)
     columns = ["time, p50", *(["launch, host"] if with_launch else []), "GB/s", "of copy"]
-    columns.append("time / ours")
+    columns += ["time / ours", *(["warm gradient"] if with_warm else [])]
     lines = [table_line(["what", *columns]), "|---|" + "--:|" * len(columns)]
     for case in cases:
-        ours = {is_graph(r): r for r in case if r["headline"] and r["backend"] == backend}
+        cold = [r for r in case if is_cold(r)]
+        ours = {timer_of(r): r for r in cold if r["headline"] and r["backend"] == backend}
+        last = {way_of(r): r for r in cold}
+        warm = {way_of(r): duration(r["p50_us"]) for r in case if not is_cold(r)}
         lines.append(table_line([f"*{describe(case)}*", *len(columns) * [""]]))
-        lines += [markdown_row(r, ours.get(is_graph(r)), with_launch) for r in case]
+        for r in cold:
+            cell = warm.get(way_of(r), "") if r is last[way_of(r)] else ""
+            more = [cell] if with_warm else []
+            lines.append(markdown_row(r, ours.get(timer_of(r)), with_launch, more))
     return "\n".join(lines) + f"\n\n{provenance(results['environment'])}\n"
+
+
+def way_of(result: dict) -> tuple[str, str]:
+    """Returns what tells a way from the others of its case."""
+    return result["name"], result["backend"]
 
 
 def provenance(environment: dict) -> str:
@@ -146,15 +178,23 @@ def cases_of(results: dict) -> list[list[dict]]:
 
 
 def compact(results: dict) -> list[list[dict]]:
-    """Returns the largest tensor in bf16 and every list, served by the default backend."""
+    """Returns a large tensor in bf16 and every list, served by the default backend."""
     cases = cases_of(results)
-    single = max((c for c in cases if is_bf16_tensor(c)), key=lambda c: c[0]["n"])
+    single = max((c for c in cases if is_bf16_tensor(c)), key=largeness)
     lists = [case for case in cases if case[0]["tensors"] > 1]
+    return [by_default_backend(case, results) for case in [single, *lists]]
+
+
+def largeness(case: Sequence[dict]) -> int:
+    """Returns what compares cases: elements, but first those of which all ways were timed."""
+    n = case[0]["n"]
+    return n if n <= 1 << 28 else -n
+
+
+def by_default_backend(case: Sequence[dict], results: dict) -> list[dict]:
+    """Returns a case's cold rows of torch and of the default backend, without graphs."""
     served_by = ("torch", results["environment"]["backend"])
-    return [
-        [r for r in case if r["backend"] in served_by and not is_graph(r)]
-        for case in [single, *lists]
-    ]
+    return [r for r in case if r["backend"] in served_by and not is_graph(r) and is_cold(r)]
 
 
 def is_bf16_tensor(case: Sequence[dict]) -> bool:
@@ -167,6 +207,27 @@ def accumulate_block(device: str, *options: str) -> str:
     is_full = only_option(options, "accumulate")
     results = load(f"accumulate_{device}")
     return markdown_table(cases_of(results) if is_full else compact(results), results)
+
+
+def multi_tensor_block(device: str, *options: str) -> str:
+    """Returns the block ``multi_tensor DEVICE [full]``."""
+    is_full = only_option(options, "multi_tensor")
+    results = load(f"multi_tensor_{device}")
+    cases = cases_of(results)
+    if not is_full:
+        cases = [by_default_backend(case, results) for case in cases]
+    return markdown_table(cases, results)
+
+
+def targets_block(benchmark: str, device: str) -> str:
+    """Returns the block ``targets BENCHMARK DEVICE``."""
+    results = load(f"{benchmark}_{device}")
+    verdicts = {True: "met", False: "**missed**", None: "not measured"}
+    lines = []
+    for t in results["targets"]:
+        measured = "" if t["measured"] is None else f"{t['measured']:.4g}"
+        lines.append([escape(t["name"]), escape(t["target"]), measured, verdicts[t["met"]]])
+    return table(["cold", "target", "measured", "verdict"], lines, results)
 
 
 def bold(cells: Sequence[str]) -> list[str]:
@@ -607,6 +668,8 @@ def rates_of(results: dict) -> str:
 
 BLOCKS = {
     "accumulate": accumulate_block,
+    "multi_tensor": multi_tensor_block,
+    "targets": targets_block,
     "training": training_block,
     "accuracy": accuracy_block,
     "eager": eager_block,
@@ -632,6 +695,8 @@ def render_document(path: Path) -> str:
         expected = inspect.signature(BLOCKS[kind]).parameters
         if len(arguments) > len(expected) and "options" not in expected:
             raise RenderError(f"{path.name}: block {name!r}: {kind} takes no option")
+        if len(arguments) < len(expected) - ("options" in expected):
+            raise RenderError(f"{path.name}: block {name!r}: {kind} takes {' '.join(expected)}")
         try:
             return begin + BLOCKS[kind](*arguments) + end
         except RenderError as error:
@@ -644,14 +709,14 @@ def render_document(path: Path) -> str:
 
 
 def accumulate_data() -> dict | None:
-    """Returns what docs/accumulate.png shows: the largest bf16 tensor of all results files."""
+    """Returns what docs/accumulate.png shows: a large bf16 tensor of all results files."""
     found = []
     for path in sorted(RESULTS.glob("accumulate_*.json")):
         results = json.loads(path.read_text())
         found.append((compact(results)[0], results["environment"]["device"]))
     if not found:
         return None
-    case, device = max(found, key=lambda entry: entry[0][0]["n"])
+    case, device = max(found, key=lambda entry: largeness(entry[0]))
     ours = next(r for r in case if r["headline"])
     copy_gb_per_s = ours["gb_per_s"] / ours["share_of_copy"]
     return {
@@ -687,6 +752,149 @@ def draw_accumulate(data: dict):
     axes.set_title(data["title"], loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
+    return figure
+
+
+CURVES = {
+    ("accumulate_ (add)", "cuda"): "accumulate_ (add), cuda",
+    ("accumulate_ (add)", "triton"): "accumulate_ (add), triton",
+    ("torch.compile: main.add_(grad.float(), alpha=s)", "torch"): "torch.compile",
+    ("main.add_(grad)", "torch"): "main.add_(grad)",
+    ("grad_dtype=float32: main.add_(grad.float())", "torch"): "main.add_(grad.float())",
+    (CHAIN, "torch"): "main.add_(grad) + unscale, check + norm",
+}
+
+
+def gpu_results(benchmark: str) -> dict | None:
+    """Returns the first results of a benchmark on a GPU that tell cold from warm."""
+    for path in sorted(RESULTS.glob(f"{benchmark}_*.json")):
+        results = json.loads(path.read_text())
+        if is_gpu(results) and "cache" in results["rows"][0]:
+            return results
+    return None
+
+
+def sizes_data() -> dict | None:
+    """Returns what docs/sizes.png shows: the speed of ways by size, in bf16, cold and warm."""
+    results = gpu_results("accumulate")
+    if results is None:
+        return None
+    panels = []
+    for cache, title in (("cold", "caches cold"), ("warm", "gradient just written")):
+        curves = []
+        for (name, backend), label in CURVES.items():
+            rows = [r for r in results["rows"] if (r["name"], r["backend"]) == (name, backend)]
+            points = [
+                [r["n"], 10 * r["n"] / r["p50_us"] / 1e3]
+                for r in rows
+                if (r["cache"], r["dtype"]) == (cache, "bf16")
+            ]
+            if points:
+                curves.append([label, backend, sorted(points)])
+        panels.append([title, curves])
+    return {
+        "title": f"Adding a bfloat16 gradient into float32, {results['environment']['device']}",
+        "copy": results["copy_gb_per_s"],
+        "panels": panels,
+    }
+
+
+def draw_sizes(data: dict):
+    """Draws bandwidth over size: a curve for each way, and a line for the copy."""
+    from matplotlib import pyplot
+
+    colors = {"cuda": "#1f6fb4", "triton": "#7fb2dd"}
+    peers = ["#c98b2b", "#7a7f85", "#b0493a", "#6d8f3c"]
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    for axes, (title, curves) in zip(panels, data["panels"], strict=True):
+        others = iter(peers)
+        for label, backend, points in curves:
+            sizes, speeds = zip(*points, strict=True)
+            axes.plot(
+                sizes,
+                speeds,
+                label=label,
+                color=colors.get(backend) or next(others),
+                linewidth=2.5 if backend == "cuda" else 1.3,
+                marker="o",
+                markersize=4,
+            )
+        axes.axhline(data["copy"], color="black", linewidth=1, linestyle="--", label="a copy")
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("elements")
+        axes.set_title(title, loc="left", fontsize="medium")
+        axes.grid(axis="y", linewidth=0.5, alpha=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("10 B per element / time, GB/s")
+    panels[0].set_ylim(bottom=0)
+    panels[0].legend(frameon=False, fontsize="small", loc="upper left")
+    figure.suptitle(data["title"], x=0.01, ha="left")
+    return figure
+
+
+def roofline_data() -> dict | None:
+    """Returns what docs/roofline.png shows: operations a byte and a second, 2^28 and one list."""
+    results = gpu_results("accumulate")
+    if results is None:
+        return None
+    device = results["environment"]["device"]
+    rows = [r for r in results["rows"] if r["case"] == "2^28" and r["dtype"] != "fp16"]
+    lists = gpu_results("multi_tensor")
+    if lists is not None and lists["environment"]["device"] == device:
+        rows += [r for r in lists["rows"] if r["case"] == "llama-3.2-1b" and r["headline"]]
+    points = []
+    for r in rows:
+        if is_cold(r) and r["flops"]:
+            case = "" if r["tensors"] == 1 else f", {r['case']}"
+            backend = "" if r["backend"] == "torch" else f", {r['backend']}"
+            rate = r["flops"] / r["p50_us"] / 1e3
+            # matplotlib leaves out of a legend what begins with an underscore
+            name = f"torch.{r['name']}" if r["name"].startswith("_") else r["name"]
+            points.append([name + backend + case, r["flops"] / r["bytes"], rate, r["backend"]])
+    title = f"One tensor of 2^28 elements or a list, caches cold, {device}"
+    return {"title": title, "copy": results["copy_gb_per_s"], "points": points}
+
+
+def draw_roofline(data: dict):
+    """Draws each way's arithmetic against the roof that a copy's bandwidth makes."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(11, 5), layout="constrained")
+    reach = [0.05, 0.7]
+    roof = [data["copy"] * x for x in reach]
+    label = f"a copy: {data['copy']:.0f} GB/s"
+    axes.plot(reach, roof, color="black", linewidth=1, linestyle="--", label=label)
+    colors = {"cuda": "#1f6fb4", "triton": "#7fb2dd", "torch": "#b0493a"}
+    markers = "osD^vPX*<>hp"
+    counts = dict.fromkeys(colors, 0)
+    for name, intensity, rate, backend in data["points"]:
+        marker = markers[counts[backend] % len(markers)]
+        counts[backend] += 1
+        axes.plot(
+            [intensity],
+            [rate],
+            marker,
+            color=colors[backend],
+            label=f"{name}: {rate / intensity / data['copy']:.2f}",
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    intensities, rates = [0.06, 0.1, 0.2, 0.3, 0.4, 0.5], [100, 200, 400, 700, 1000, 2000]
+    axes.set_xticks(intensities, [str(tick) for tick in intensities])
+    axes.set_yticks(rates, [str(tick) for tick in rates])
+    axes.minorticks_off()
+    axes.set_xlabel("operations per byte moved")
+    axes.set_ylabel("GFLOP/s")
+    axes.grid(linewidth=0.5, alpha=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(
+        frameon=False,
+        fontsize="small",
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        title="share of the copy's bandwidth",
+    )
+    axes.set_title(data["title"], loc="left")
     return figure
 
 
@@ -760,6 +968,8 @@ def draw_training(data: dict):
 
 PICTURES = {
     "accumulate.png": (accumulate_data, draw_accumulate),
+    "sizes.png": (sizes_data, draw_sizes),
+    "roofline.png": (roofline_data, draw_roofline),
     "training.png": (training_data, draw_training),
 }
 

@@ -1,5 +1,6 @@
 """Tests of what the benchmarks count with: shapes, ways and their check, targets, timers."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import accumulate_ways  # noqa: E402
 import bench_accumulate  # noqa: E402
 import bench_multi_tensor  # noqa: E402
+import render  # noqa: E402
 import shapes  # noqa: E402
 import targets  # noqa: E402
 import timing  # noqa: E402
@@ -153,3 +155,65 @@ def test_targets_of_lists_take_the_graph_and_not_the_wall():
     assert found["400x2048: time / that of a loop of add_"] == (0.008, True)
     assert found["llama-3.2-1b, triton: share of copy"] == (0.91, True)
     assert "NO" in targets.table([targets.target("x", 2.0, 1.0, at_most=True)])
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    """A results file of one tensor on a GPU, cold and warm, in place of those of the repository."""
+    environment = {
+        **dict.fromkeys(["torch", "cuda", "triton", "gradacc_kernels", "commit"], "1"),
+        "device": "a GPU",
+        "driver": "1",
+        "backend": "cuda",
+        "dirty": False,
+    }
+    ways = [("accumulate_ + grad_stats", "cuda"), ("accumulate_ (add)", "cuda")]
+    ways += [("accumulate_ + grad_stats", "triton"), ("_foreach_add_", "torch")]
+    rows = [
+        row(
+            name,
+            backend,
+            f"2^{log2}",
+            2.0**log2 / 1e5 * (1 if cache == "cold" else 0.5),
+            0.9,
+            n=2**log2,
+            bytes=10 * 2**log2,
+            flops=4 * 2**log2,
+            tensors=1,
+            cache=cache,
+            headline="stats" in name,
+        )
+        for log2 in (24, 28, 30)
+        for cache in ("cold", "warm")
+        for name, backend in ways
+    ]
+    found = {"environment": environment, "copy_gb_per_s": 3000.0, "rows": rows}
+    found["targets"] = bench_accumulate.targets_of(rows)
+    (tmp_path / "accumulate_x.json").write_text(json.dumps(found))
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    return found
+
+
+def test_warm_rows_are_a_column_of_the_full_table_and_left_out_of_the_compact_one(results):
+    full = render.accumulate_block("x", "full")
+    assert full.count("**accumulate\\_ + grad\\_stats, cuda** | **2.68 ms**") == 1
+    assert "| **1.34 ms** |" in full and "warm gradient" in full
+    compact = render.accumulate_block("x")
+    assert "2^28" in compact and "2^30" not in compact and ", triton |" not in compact
+    assert "warm" not in compact
+    assert "not measured" in render.targets_block("accumulate", "x")
+
+
+def test_pictures_of_sizes_and_of_the_roof(results):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    sizes, roof = render.sizes_data(), render.roofline_data()
+    cold = dict((label, points) for label, _, points in sizes["panels"][0][1])
+    assert cold["accumulate_ (add), cuda"][1] == [2**28, pytest.approx(1000.0)]
+    names = [point[0] for point in roof["points"]]
+    assert len(names) == 4 and "torch._foreach_add_" in names
+    for figure in (render.draw_sizes(sizes), render.draw_roofline(roof)):
+        pyplot.close(figure)
+    results["rows"] = [{k: v for k, v in r.items() if k != "cache"} for r in results["rows"]]
+    (render.RESULTS / "accumulate_x.json").write_text(json.dumps(results))
+    assert render.sizes_data() is None and render.roofline_data() is None
