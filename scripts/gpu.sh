@@ -3,6 +3,7 @@
 #
 #   tests        the tests marked gpu, and tests/gpu_record.json
 #   accumulate   the elementwise kernels            training     a micro-batch in CUDA graphs
+#   multi_tensor   the same on lists of tensors
 #   wgrad        weight gradients, embeddings       eager        training loops, and their memory
 #   close        closing a window                   memory       bytes a parameter
 #   hook         what a hook costs the host          queue        adding at once or waiting
@@ -42,6 +43,7 @@ for part in "$@"; do
       tail -n 1 "$out/tests.log"
       ;;
     accumulate) benchmark accumulate benchmarks/bench_accumulate.py ;;
+    multi_tensor) benchmark multi_tensor benchmarks/bench_multi_tensor.py ;;
     training) benchmark training benchmarks/bench_training.py ;;
     wgrad) benchmark wgrad benchmarks/bench_wgrad.py ;;
     hook) benchmark hook benchmarks/bench_hook.py ;;
