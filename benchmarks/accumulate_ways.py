@@ -332,9 +332,7 @@ def _add_scaled(main: Tensor, grad: Tensor) -> Tensor:
 
 @functools.cache
 def why_not_compiled(device_type: str) -> str | None:
-    """Returns why inductor is not used on a device, or None when it is."""
-    if device_type == "cpu":
-        return "a first kernel of inductor slows torch's own ops on the CPU, for the whole process"
+    """Returns why inductor cannot compile for a device, or None when it can."""
     try:
         from torch._inductor import config
 
