@@ -46,13 +46,16 @@ class GradScaler(torch.amp.GradScaler):
         options.setdefault("device", attachment.groups[0].device.type)
         super().__init__(**options)
         self.accumulator = accumulator
+        self._check_closed()
         if self.is_enabled():
             self._publish()
 
+    def _check_closed(self) -> None:
+        if self.is_enabled() and self.accumulator._attachment.window.is_open:
+            raise RuntimeError("GradScaler: the scale cannot change inside of micro_batch()")
+
     def _publish(self) -> None:
         """Has gradients arrive divided by the scale, as it is now."""
-        if self.accumulator._attachment.window.is_open:
-            raise RuntimeError("GradScaler: the scale cannot change inside of micro_batch()")
         for inv_scale in self.accumulator.inv_scales.values():
             if self._scale is None:
                 inv_scale.fill_(1 / self._init_scale)
@@ -107,9 +110,7 @@ class GradScaler(torch.amp.GradScaler):
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("step() has already been called since the last update().")
-        window.check_closed("step")
-        if window.nonfinite == "raise":
-            window.raise_if_nonfinite()
+        window.check_step(optimizer)
         # A micro-batch that was dropped overflowed at this scale.
         has_skipped = window.has_skipped.clone()
         self.unscale_(optimizer)
@@ -124,12 +125,14 @@ class GradScaler(torch.amp.GradScaler):
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Updates the scale, and what gradients are divided by from now on."""
+        self._check_closed()
         super().update(new_scale)
         if self.is_enabled():
             self._publish()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of this class or of torch's."""
+        self._check_closed()
         super().load_state_dict(state_dict)
         if self.is_enabled():
             self._publish()

@@ -69,15 +69,19 @@ def _is_covered(param: Tensor) -> bool:
 
 def _is_pending(param: Tensor) -> bool:
     group, _ = _find(param)
-    return group is not None and any(
-        w.is_pending and group in w.attachment.groups for w in list(window.pending)
+    attachment = group.owner() if group is not None else None
+    return (
+        attachment is not None
+        and attachment.window in window.pending
+        and (attachment.window.is_pending)
     )
 
 
 def _end_windows(params: list[Tensor]) -> None:
-    hooks = {id(group.hooks): group.hooks for group, _ in map(_find, params) if group is not None}
-    for each in hooks.values():
-        each.end_window()
+    owners = {group.owner() for group, _ in map(_find, params) if group is not None}
+    for attachment in owners - {None}:
+        for group in attachment.groups:
+            group.hooks.end_window()
 
 
 class _Group:
@@ -93,6 +97,7 @@ class _Group:
         owner: _Attachment,
     ):
         self.names = names
+        self.owner = weakref.ref(owner)
         self.backend = backend
         self.device = params[0].device
         self.dtype = main_dtype(params[0])

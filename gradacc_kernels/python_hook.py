@@ -344,6 +344,8 @@ class PythonHooks:
             self._window += 1
             for param in self._params:
                 param.statistics_version = None  # a fused step may have written
+                if param.window != self._window - 1:
+                    continue
                 grad = param.variable.grad
                 is_view = grad is not None and grad is param.exposed
                 param.ended_version = grad._version if is_view else -1
@@ -404,6 +406,7 @@ class PythonHooks:
                 if self._removed:
                     self._hand_back(queue.entries)
                     continue
+                self._count_backward()
                 batch: dict[int, tuple[_Param, Tensor]] = {}
                 for entry in queue.entries:
                     if id(entry[0]) in batch:
@@ -552,6 +555,12 @@ class PythonHooks:
             with self._lock:
                 if self._removed:
                     return grad
+                if self._is_holding:
+                    raise RuntimeError(
+                        "gradacc_kernels: with nonfinite='skip_micro_batch' gradients wait until "
+                        "backward has ended, and those of create_graph=True cannot: attach with "
+                        "nonfinite='skip_window'."
+                    )
                 self._is_new_backward()
                 store = param.variable.grad is None
                 self._count(param, torch._C._current_graph_task_id(), store)
@@ -592,11 +601,16 @@ class PythonHooks:
         if graph_task < 0 or graph_task in self._known_backwards:
             return False
         self._known_backwards.append(graph_task)
+        if not self._is_holding:
+            self._count_backward()
+        return True
+
+    def _count_backward(self) -> None:
+        """Called when the gradients of a backward are about to be added."""
         window, backwards, unweighted = self._tally
         if not any(map(self._has_begun, self._params)):
             window, backwards, unweighted = window + 1, 0, 0
         self._tally = (window, backwards + 1, unweighted + (not self._is_weighted))
-        return True
 
     def _begin_backward(self) -> None:
         if self._is_new_backward():

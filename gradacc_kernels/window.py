@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gradacc_kernels.statistics import are_nonfinite, measure, scale_grads_
 
-UNWEIGHTED = -1.0
+UNWEIGHTED, AVERAGED = -1.0, -2.0
 BROKEN = (
     "{}: an exception left a micro-batch of this window after some of its gradients were added and "
     "before its weight was counted: drop the window by zero_grad()"
@@ -68,6 +68,10 @@ class Window:
         self._numbers: list[int] | None = None
         self._unweighted_before = 0  # backwards before the parameters moved
         self._tallies_averaged: list[tuple[int, int, int]] = []
+        self._is_late = False  # gradients have arrived after that, and before the parameters moved
+        self._tallies_opened: list[tuple[int, int, int]] = []  # when micro_batch began
+        # The tallies when the last window was closed, and 1 where its weight was 0.
+        self._closed: tuple[list[tuple[int, int, int]], Tensor] | None = None
 
     @property
     def attachment(self) -> Any:
@@ -113,15 +117,22 @@ class Window:
     def reset(self) -> None:
         """Begins a window: no weight, nothing averaged."""
         self.weight.zero_()
+        self.has_skipped.zero_()
         self._first_bad.zero_()
-        self.is_weighted = self.is_averaged = self.is_broken = False
+        self.is_weighted = self.is_averaged = self.is_broken = self._is_late = False
         self._numbers = None
         self._unweighted_before = 0
         pending.discard(self)
 
     def before_move(self) -> None:
         """Called before the parameters get other storage and hooks."""
+        if self.is_open and self._has_arrived():
+            raise RuntimeError(
+                "refresh: parameters were cast, moved or replaced inside of a micro_batch(), after "
+                "gradients of it had arrived; do that between micro-batches"
+            )
         self.follow()
+        self._is_late = self._is_late or self._is_averaged_before()
         self._unweighted_before = self._unweighted()
 
     def move(self, device: torch.device) -> None:
@@ -131,7 +142,7 @@ class Window:
                 setattr(self, name, value.to(device))
         if self._numbers is not None:
             self._numbers = [number for number, *_ in self._tallies()]
-        self._tallies_averaged = self._tallies()
+        self._tallies_averaged = self._tallies_opened = self._tallies()
         for group in self.attachment.groups:
             group.hooks.weigh(self.is_open and self.is_weighted)
 
@@ -153,10 +164,12 @@ class Window:
     # Saving
 
     def state(self) -> Tensor:
-        """What a file holds: the weight, -1 for none; has_skipped; the first bad micro-batch."""
+        """What a file holds: weight, UNWEIGHTED or AVERAGED; has_skipped; the first bad one."""
         self.check_closed("state_dict")
         self.divisor()  # raises where there is none
-        weight = self.weight if self.is_pending else torch.full_like(self.weight, UNWEIGHTED)
+        weight = self.weight
+        if self.is_averaged or not self.is_weighted:
+            weight = torch.full_like(weight, AVERAGED if self.is_averaged else UNWEIGHTED)
         return torch.stack([weight, self.has_skipped.double(), self._first_bad.double()])
 
     def load(self, state: Tensor) -> None:
@@ -169,9 +182,12 @@ class Window:
             self._numbers = [number for number, *_ in self._tallies()]
         if weight.item() == UNWEIGHTED:
             self._unweighted_before = self.attachment.micro_batches()
+            return
+        self.is_weighted = True
+        if weight.item() == AVERAGED:
+            self._mark_averaged()
         else:
             self.weight.copy_(weight)
-            self.is_weighted = True
             pending.add(self)
 
     # Micro-batches
@@ -184,41 +200,62 @@ class Window:
     def _micro_batch(self, weight: float | Tensor | None) -> Iterator[None]:
         if not self._open.acquire(blocking=False):
             raise RuntimeError("micro_batch: expected none under way, got one inside of another")
+        attachment = self.attachment  # alive until the end
+        holds = self.nonfinite == "skip_micro_batch"
         good = None
         try:
-            self._begin(weight)
-            before = self._tallies()
-            for group in self.attachment.groups:
+            was_weighted = self._begin(weight)
+            for group in attachment.groups:
                 group.hooks.weigh(weight is not None)
             try:
-                if self.nonfinite == "skip_micro_batch":
+                if holds:
                     yield
                     good = self.commit_held(weight)
                 else:
                     with self._factor(weight):
                         yield
             except BaseException:
-                if self.nonfinite == "skip_micro_batch":
-                    for group in self.attachment.groups:
+                if holds:
+                    for group in attachment.groups:
                         group.hooks.drop_held()
-                elif weight is not None and self._tallies() != before:
-                    self.is_broken = True
+                if weight is not None:
+                    self._break_off(was_weighted)
                 raise
             finally:
-                for group in self.attachment.groups:
+                for group in attachment.groups:
                     group.hooks.weigh(False)
             if weight is not None:
-                has_arrived = self._tallies() != before
-                self._count(weight if good is None else good * weight, has_arrived)
+                self._count(weight if good is None else good * weight)
         finally:
             self._open.release()
 
-    def _begin(self, weight: float | Tensor | None) -> None:
+    def _has_arrived(self) -> bool:
+        """Tells whether a gradient has arrived since micro_batch began."""
+        is_held = any(group.hooks.held() for group in self.attachment.groups)
+        return is_held or self._tallies() != self._tallies_opened
+
+    def _break_off(self, was_weighted: bool) -> None:
+        """Follows an exception out of a weighted micro-batch."""
+        has_arrived = self._has_arrived()
+        self.follow()
+        if has_arrived and self.attachment.micro_batches():
+            self.is_weighted = self.is_broken = True
+            pending.add(self)
+        elif not was_weighted or has_arrived:
+            self.reset()
+
+    def _begin(self, weight: float | Tensor | None) -> bool:
+        """Raises where no such micro-batch can follow; tells whether one with a weight came before.
+
+        Parameters that were changed by a way that is not seen are followed now, and not inside.
+        """
+        self._tallies_opened = self._tallies()
+        self.attachment.refresh()
         self.follow()
         if self.is_averaged:
             raise RuntimeError(
                 "micro_batch: the gradients of this window were averaged already; step the "
-                "optimizer and call zero_grad() before the next micro-batch"
+                "optimizer, or call zero_grad() (not set_to_none=False), before the next one"
             )
         if self.is_broken:
             raise RuntimeError(BROKEN.format("micro_batch"))
@@ -230,7 +267,7 @@ class Window:
                 "drops a window"
             )
         if weight is None or self.is_weighted:
-            return
+            return self.is_weighted
         for group in self.attachment.groups:
             index = group.hooks.left_over()
             if index >= 0:
@@ -242,11 +279,12 @@ class Window:
         self.reset()
         self.is_weighted = True
         pending.add(self)
+        return False
 
-    def _count(self, weight: float | Tensor, has_arrived: bool) -> None:
+    def _count(self, weight: float | Tensor) -> None:
         self.follow()
-        if has_arrived and not self.attachment.micro_batches():
-            return  # zero_grad() inside of the block has dropped them
+        if self._has_arrived() and not self.attachment.micro_batches():
+            return self.reset()  # zero_grad() inside of the block has dropped them
         self.is_weighted = True
         pending.add(self)
         if isinstance(weight, Tensor):
@@ -266,7 +304,8 @@ class Window:
         inv_scales = attachment.inv_scales()
         for device, inv_scale in inv_scales.items():
             if device not in self._inv_scales:
-                self._inv_scales[device] = torch.empty_like(inv_scale)
+                with torch.inference_mode(False):
+                    self._inv_scales[device] = torch.empty_like(inv_scale)
             self._inv_scales[device].copy_(inv_scale)
             for factor in factors:
                 is_far = isinstance(factor, Tensor) and factor.device != device
@@ -291,14 +330,19 @@ class Window:
         held = [(group, grads) for group, grads in held if any(g.numel() for g in grads)]
         if not held:
             return None
+        self.follow()
         device = self.weight.device
         verdicts = [are_nonfinite(grads).to(device, non_blocking=True) for _, grads in held]
         good = 1 - (verdicts[0] if len(verdicts) == 1 else torch.stack(verdicts).amax())
         with self._factor(weight, good):  # a factor of 0 leaves main gradients as they are
             for group, _ in held:
                 group.hooks.commit_held()
-        self.skipped_micro_batches.add_((1 - good).to(torch.int64))
-        self.has_skipped.copy_(torch.maximum(self.has_skipped, 1 - good))
+        self.follow()
+        skipped = 1 - good
+        if weight is not None:
+            skipped = skipped * (weight != 0)  # nothing was dropped that would have been added
+        self.skipped_micro_batches.add_(skipped.to(torch.int64))
+        self.has_skipped.copy_(torch.maximum(self.has_skipped, skipped))
         return good
 
     def end_of_backward(self) -> None:
@@ -330,7 +374,8 @@ class Window:
     def raise_if_nonfinite(self) -> None:
         """Waits for the device; raises what nonfinite="raise" does."""
         measured = measure(self.attachment, from_slots=True)
-        if not self._first_bad.item() and not measured.found_inf:
+        if not measured.found_inf:
+            self._first_bad.zero_()  # what was bad has been overwritten
             return
         names = [name for name, value in measured.sums.items() if value.isnan()]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -356,7 +401,7 @@ class Window:
         if self.is_open and self.is_weighted:
             self.check_closed("gradacc_kernels")
         is_pending = self.is_pending
-        if self.is_averaged and self._tallies() != self._tallies_averaged:
+        if self._is_late or self._is_averaged_before():
             raise RuntimeError(
                 "gradacc_kernels: gradients have arrived after this window was averaged, so there "
                 "is no average: drop the window by zero_grad(), and average after its last "
@@ -374,6 +419,10 @@ class Window:
                 "drop the window by zero_grad()"
             )
         return torch.where(self.weight > 0, self.weight, 1.0)
+
+    def _is_averaged_before(self) -> bool:
+        """Tells whether gradients have arrived after the average."""
+        return self.is_averaged and self._tallies() != self._tallies_averaged
 
     def _mark_averaged(self) -> None:
         self.is_averaged = True
@@ -397,6 +446,19 @@ class Window:
         divisor = self.divisor()
         return norm if divisor is None else (norm / divisor).to(norm.dtype)
 
+    def check_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises what close does, before anything has changed."""
+        self.check_closed("step")
+        covered = set(map(id, self.attachment.params.values()))
+        if not any(id(p) in covered for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "step: none of the optimizer's parameters is covered by this Accumulator: attach "
+                "the model whose parameters it steps"
+            )
+        if self.nonfinite == "raise":
+            self.raise_if_nonfinite()
+        self.divisor()
+
     def close(
         self,
         optimizer: torch.optim.Optimizer,
@@ -415,18 +477,11 @@ class Window:
         Returns:
             What step returned, the norm before clipping, and found_inf.
         """
-        self.check_closed("step")
+        self.check_step(optimizer)
         attachment = self.attachment
         params = [p for group in optimizer.param_groups for p in group["params"]]
         ours = {id(p) for p in attachment.params.values() if p.grad is not None}
         theirs = {id(p) for p in params if p.grad is not None}
-        if not theirs & {id(p) for p in attachment.params.values()} and ours:
-            raise ValueError(
-                "step: none of the optimizer's parameters with a gradient is covered by this "
-                "Accumulator: attach the model whose parameters it steps"
-            )
-        if self.nonfinite == "raise":
-            self.raise_if_nonfinite()
         whole = measure(attachment, from_slots=True)
         divisor = self.divisor()
         norm = whole.norm if divisor is None else (whole.norm / divisor).to(whole.norm.dtype)
@@ -439,10 +494,14 @@ class Window:
             found_inf = torch.zeros_like(found_inf)
         if other_found_inf is not None:
             found_inf = torch.maximum(found_inf, other_found_inf)
-        # A window of weight 0 is skipped, and nothing has overflowed.
-        skip = found_inf
+        # A window of weight 0 is skipped by every optimizer, and nothing has overflowed.
+        skip, is_empty = found_inf, None
         if divisor is not None:
-            skip = torch.maximum(found_inf, (self.weight == 0).float())
+            is_empty = (self.weight == 0).float()
+        elif self._closed is not None and self._closed[0] == self._tallies():
+            is_empty = self._closed[1]
+        if is_empty is not None:
+            skip = torch.maximum(found_inf, is_empty)
         factor = None
         if max_norm is not None:
             factor = clip_coefficient(norm, max_norm)
@@ -456,17 +515,18 @@ class Window:
             result = self._step_folded(optimizer, step, divisor, factor, skip)
         else:
             self.average_(factor)
-            must_ask = self.nonfinite not in ("ignore", "raise") or divisor is not None
+            must_ask = self.nonfinite not in ("ignore", "raise") or is_empty is not None
             must_ask = must_ask or other_found_inf is not None
             if folds:
                 result = self._step_folded(optimizer, step, None, None, skip)
             else:
                 result = None if must_ask and skip.item() else step()
         self.windows += 1
-        self.has_skipped.zero_()
         self.skipped_windows.add_(skip.to(torch.int64))
         for group in attachment.groups:
             group.hooks.end_window()
+        self.reset()
+        self._closed = None if is_empty is None else (self._tallies(), is_empty)
         return result, norm, found_inf
 
     def _step_folded(self, optimizer, step, divisor, factor, skip) -> Any:
@@ -492,7 +552,7 @@ class Window:
 
 
 def _checked(weight: Any) -> float | Tensor:
-    """Returns a weight as a number, or as a 0-dim float64 copy on its device; raises where bad."""
+    """Returns a weight rounded to float32: a number, or a 0-dim copy on its device."""
     if isinstance(weight, Tensor):
         if weight.numel() != 1 or weight.is_complex() or weight.requires_grad:
             raise ValueError(
@@ -500,13 +560,14 @@ def _checked(weight: Any) -> float | Tensor:
                 f"grad, got a {weight.dtype} tensor of shape {list(weight.shape)}"
             )
         if weight.device.type != "cpu":
-            return weight.detach().reshape(()).to(torch.float64, copy=True)
+            return weight.detach().reshape(()).float().to(torch.float64)
         weight = weight.item()
     if not isinstance(weight, numbers.Real):
         raise TypeError(
             f"micro_batch: weight must be a number or a tensor, got {type(weight).__name__}"
         )
-    weight = float(weight)
+    # As it multiplies, so that what is divided is what was added.
+    weight = torch.tensor(float(weight), dtype=torch.float32).item()
     if not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"micro_batch: weight must be finite and not negative, got {weight}")
     return weight

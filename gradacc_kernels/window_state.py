@@ -4,9 +4,9 @@
 ``format``                 int64: FORMAT
 ``scale``                  float64: the factor of attach, which is in the sums
 ``window``                 float64 of shape [3]: the sum of the weights of its micro-batches, by
-                           which the sums are to be divided, -1 without weights; 1 where a
-                           micro-batch was dropped, else 0; the number of the first that was not
-                           finite, 0 for none
+                           which the sums are to be divided, -1 without weights, -2 where they
+                           were divided; 1 where a micro-batch was dropped, else 0; the number of
+                           the first that was not finite, 0 for none
 ``micro_batches.<name>``   int64, of every covered parameter: how many backwards have added to it;
                            -1 where its ``.grad`` is None
 ``main_grad.<name>``       its sum so far, in the dtype of its main gradient; absent with -1
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc_kernels.window import UNWEIGHTED
+from gradacc_kernels.window import AVERAGED, UNWEIGHTED
 
 FORMAT = 2
 NOT_BEGUN = -1
@@ -52,6 +52,7 @@ def load(attachment: Any, state: Mapping[str, Tensor]) -> None:
         TypeError: no mapping of names to tensors.
         ValueError: of another format, scale or model, or incomplete; nothing was changed.
     """
+    attachment.window.check_closed("load_state_dict")
     _check(attachment, state)
     for group, index, name, _ in attachment.members():
         total = state.get(_SUM + name)
@@ -125,7 +126,7 @@ def _check_window(state: Mapping[str, Tensor]) -> None:
             f"{window.dtype} tensor of shape {list(window.shape)}"
         )
     weight, has_skipped, first_bad = window.tolist()
-    if not (weight == UNWEIGHTED or 0 <= weight < math.inf):
+    if not (weight in (UNWEIGHTED, AVERAGED) or 0 <= weight < math.inf):
         raise ValueError(f"load_state_dict: a window cannot have the weight {weight:g}")
     if has_skipped not in (0, 1) or not (first_bad >= 0 and first_bad.is_integer()):
         raise ValueError(

@@ -172,9 +172,9 @@ WRONG = {
     "another version": (setting("format", torch.tensor(1)), ValueError, "has format 1"),
     "another scale": (setting("scale", torch.tensor(0.5)), ValueError, "scaled by 0.5"),
     "a weight below zero": (
-        setting("window", torch.tensor([-2.0, 0.0, 0.0], dtype=torch.float64)),
+        setting("window", torch.tensor([-3.0, 0.0, 0.0], dtype=torch.float64)),
         ValueError,
-        "the weight -2",
+        "the weight -3",
     ),
     "truncated": (lacking("micro_batches.3.weight"), ValueError, "it lacks 3.weight"),
     "a sum too few": (lacking("main_grad.0.bias"), ValueError, "0.bias has the count 1 and no sum"),

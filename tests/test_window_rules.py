@@ -148,7 +148,145 @@ def test_gradients_of_create_graph_are_counted(one):
     assert param.item() == -13 / 8
 
 
+@every_hook
+def test_a_gradient_that_is_held_belongs_to_the_window_that_it_is_added_to(hook):
+    a, b, accumulator = two(hook, nonfinite="skip_micro_batch")
+    weighted(accumulator, a, 10, 5.0)
+    with accumulator.micro_batch(2):
+        bring(a, 3.0)
+        a.grad = None
+    assert accumulator.weight.item() == 2
+    with pytest.raises(ValueError, match="in the middle"):
+        (Raise.apply(a * 1.0).sum() + (b * 3.0).sum()).backward()  # adds nothing
+    accumulator.step(sgd(a))
+    assert a.item() == -3
+
+
+@every_hook
+def test_the_weight_of_a_window_without_gradients_ends_with_it(one):
+    param, accumulator, optimizer = one
+    weighted(accumulator, zero(param.device), 5, 1.0)
+    accumulator.load_state_dict(accumulator.state_dict())
+    assert accumulator.weight.item() == 5
+    accumulator.step(optimizer)
+    optimizer.zero_grad()
+    weighted(accumulator, param, 3, 1.0)
+    accumulator.step(optimizer)
+    assert param.item() == -1
+
+
+@every_hook
+def test_optimizers_in_turn_may_leave_zeros(hook):
+    a, b, accumulator = two(hook)
+    optimizers = sgd(a), sgd(b)
+    for _ in range(2):
+        with accumulator.micro_batch(2):
+            bring(a, 1.0)
+            bring(b, 1.0)
+        for optimizer in optimizers:
+            accumulator.step(optimizer)
+            optimizer.zero_grad(set_to_none=False)
+    assert (a.item(), b.item()) == (-2, -2)
+
+
+@every_hook
+def test_a_step_over_one_dtype_ends_the_window_of_all(hook):
+    device, backend = hook
+    a, b = zero(device), zero(device, torch.float64)
+    accumulator = gk.attach([a, b], backend="auto")
+    weighted(accumulator, a, 1, 3.0)
+    weighted(accumulator, b, 2, 3.0)
+    accumulator.average_()
+    sgd(a).step()
+    assert accumulator.micro_batches == 0 and accumulator.weight.item() == 0
+
+
+def test_a_weight_is_divided_as_it_multiplied():
+    param = zero(dtype=torch.float64)
+    accumulator = gk.attach([param])
+    weighted(accumulator, param, 0.1, 1.0)
+    accumulator.average_()
+    assert abs(param.grad.item() - 1) < 1e-15
+
+
 # What is refused
+
+
+@every_hook
+@pytest.mark.parametrize("after", ["nothing", "a gradient", "another micro-batch", "zero_grad"])
+def test_zero_grad_mends_what_an_exception_left(one, after):
+    param, accumulator, optimizer = one
+    if after in ("another micro-batch", "zero_grad"):
+        weighted(accumulator, param, 10, 5.0)
+    with pytest.raises(KeyError):
+        with accumulator.micro_batch(2):
+            if after == "zero_grad":
+                optimizer.zero_grad()
+            if after != "nothing":
+                bring(param, 3.0)
+            raise KeyError
+    if after != "nothing":
+        with pytest.raises(RuntimeError, match="an exception left a micro-batch"):
+            weighted(accumulator, param, 2, 1.0)
+        with pytest.raises(RuntimeError, match="weighted sum"):
+            optimizer.step()
+        optimizer.zero_grad()
+    bring(param, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    weighted(accumulator, param, 2, 1.0)
+    accumulator.step(optimizer)
+    assert param.item() == -2
+
+
+@every_hook
+def test_parameters_do_not_move_under_a_gradient_that_has_arrived(hook):
+    for nonfinite in ("skip_window", "skip_micro_batch"):
+        a, _, accumulator = two(hook, nonfinite=nonfinite)
+        weighted(accumulator, a, 3, 1.0)
+        a.data = a.data.to(torch.bfloat16)  # followed by the next micro-batch
+        with accumulator.micro_batch(5):
+            bring(a, 2.0)
+            a.data = a.data.float()
+            with pytest.raises(RuntimeError, match="do that between micro-batches"):
+                accumulator.refresh()
+        accumulator.refresh()
+        accumulator.step(sgd(a))
+        assert a.item() == -13 / 8
+
+
+@every_hook
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_gradients_of_create_graph_cannot_be_held(hook):
+    a, _, accumulator = two(hook, nonfinite="skip_micro_batch")
+    with pytest.raises(RuntimeError, match="those of create_graph=True cannot"):
+        a.sum().backward(create_graph=True)
+    assert a.grad is None
+
+
+@every_hook
+def test_a_scale_that_may_not_change_does_not(one):
+    param, accumulator, optimizer = one
+    uncovered = zero(param.device)
+    optimizer.add_param_group({"params": [uncovered]})
+    scaler = gk.GradScaler(accumulator, init_scale=8.0)
+
+    def loss():
+        return scaler.scale((param + uncovered).sum())
+
+    with accumulator.micro_batch(2):
+        loss().backward()
+        for change in (lambda: scaler.update(64.0), lambda: scaler.load_state_dict({})):
+            with pytest.raises(RuntimeError, match="inside of micro_batch"):
+                change()
+    loss().backward()
+    with pytest.raises(RuntimeError, match="outside of micro_batch"):
+        accumulator.step(optimizer, scaler=scaler)
+    optimizer.zero_grad()
+    with accumulator.micro_batch(2):
+        loss().backward()
+    accumulator.step(optimizer, scaler=scaler)
+    assert (param.item(), uncovered.item()) == (-1, -1)
 
 
 @every_hook
@@ -305,6 +443,51 @@ def test_a_window_of_weight_0_is_no_overflow(one):
     accumulator.step(optimizer, scaler=scaler)
     scaler.update()
     assert scaler.get_scale() == 1024 and param.item() == 0
+
+
+@every_hook
+def test_a_window_of_weight_0_is_skipped_by_every_optimizer(hook):
+    a, b, accumulator = two(hook)
+    with accumulator.micro_batch(0):
+        bring(a, 1.0)
+        bring(b, 1.0)
+    with torch.no_grad():
+        a.fill_(1.0)
+        b.fill_(1.0)
+    for param in (a, b):
+        accumulator.step(torch.optim.SGD([param], lr=1.0, weight_decay=0.5))
+    assert (a.item(), b.item()) == (1, 1)
+
+
+@every_hook
+def test_what_was_dropped_with_its_window_or_weighed_nothing_is_no_overflow(hook):
+    a, _, accumulator = two(hook, nonfinite="skip_micro_batch")
+    optimizer, scaler = sgd(a), gk.GradScaler(accumulator, init_scale=8.0)
+    scaler.scale((a * NAN).sum()).backward()
+    optimizer.zero_grad()
+    scaler.scale(a.sum()).backward()
+    accumulator.step(optimizer, scaler=scaler)
+    scaler.update()
+    optimizer.zero_grad()
+    for weight, value in ((0, NAN), (2, 1.0)):
+        with accumulator.micro_batch(weight):
+            scaler.scale((a * value).sum()).backward()
+    accumulator.step(optimizer, scaler=scaler)
+    scaler.update()
+    assert scaler.get_scale() == 8 and a.item() == -2
+
+
+@every_hook
+def test_zeros_are_not_raised_for(hook):
+    a, _, accumulator = two(hook, nonfinite="raise")
+    optimizer = sgd(a)
+    bring(a, NAN)
+    with pytest.raises(FloatingPointError, match="to 0"):
+        accumulator.step(optimizer)
+    optimizer.zero_grad(set_to_none=False)
+    bring(a, 1.0)
+    accumulator.step(optimizer)
+    assert a.item() == -1
 
 
 @every_hook

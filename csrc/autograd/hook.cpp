@@ -416,9 +416,10 @@ int64_t GradHooks::most_micro_batches() {
 
 void GradHooks::end_window() {
   const Lock lock(*this);
-  ++window_;
+  const int64_t ended = window_++;
   for (Param& param : params_) {
     param.statistics_version.reset();  // a fused step may have written
+    if (param.window != ended) continue;
     const at::Tensor& grad = param.variable.mutable_grad();
     const bool is_view = grad.defined() && grad.is_same(param.exposed);
     param.ended_version = is_view ? static_cast<int64_t>(grad._version()) : -1;
@@ -475,6 +476,7 @@ void GradHooks::commit_held() {
       hand_back(held.entries);
       continue;
     }
+    count_backward();
     std::vector<Entry> batch;
     std::unordered_set<Param*> params;
     for (const Entry& entry : held.entries) {
@@ -609,6 +611,11 @@ at::Tensor GradHooks::consume(int64_t index, const at::Tensor& grad) {
     {
       const Lock lock(*this);
       if (removed_) return grad;
+      TORCH_CHECK(
+          !is_holding_,
+          "gradacc_kernels: with nonfinite='skip_micro_batch' gradients wait until backward "
+          "has ended, and those of create_graph=True cannot: attach with "
+          "nonfinite='skip_window'.");
       is_new_backward();
       count(param, autograd::get_current_graph_task_id(), !param.variable.grad().defined());
     }
@@ -653,11 +660,16 @@ bool GradHooks::is_new_backward() {
   const auto end = known_backwards_.end();
   if (std::find(known_backwards_.begin(), end, graph_task) != end) return false;
   known_backwards_[n_known_++ % known_backwards_.size()] = graph_task;
+  if (!is_holding_) count_backward();
+  return true;
+}
+
+// When its gradients are about to be added.
+void GradHooks::count_backward() {
   if (std::none_of(params_.begin(), params_.end(), [&](const Param& p) { return has_begun(p); }))
     tally_ = {tally_.window + 1, 0, 0};
   ++tally_.backwards;
   if (!is_weighted_) ++tally_.unweighted;
-  return true;
 }
 
 // Whether the window has summed a gradient of it.

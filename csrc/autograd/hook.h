@@ -204,6 +204,7 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   bool is_watched(const Param& param) const;
   void settle(Param& param);
   bool is_new_backward();
+  void count_backward();
   void begin_backward();
   bool has_begun(const Param& param) const;
   void follow_uses();
