@@ -303,6 +303,7 @@ class PythonHooks:
         """Multiplies every ``.grad``: grad = grad * factor, a 0-dim tensor of the device."""
         with self._lock:
             mains = []
+            left_over = list(filter(self._is_left_over, self._params))
             for param in self._params:
                 grad = param.variable.grad
                 if grad is None:
@@ -312,6 +313,8 @@ class PythonHooks:
                 else:
                     grad.mul_(factor)
             self.backend.scale_(mains, factor.float())
+            for param in left_over:
+                param.ended_version = param.variable.grad._version
 
     def current(self, index: int) -> Tensor | None:
         """Returns what a parameter's window has summed so far: main, unless .grad is another."""
@@ -352,12 +355,12 @@ class PythonHooks:
 
     def left_over(self) -> int:
         """Tells a parameter whose ``.grad`` is still what a window that has ended left, or -1."""
-        for index, param in enumerate(self._params):
-            grad = param.variable.grad
-            is_view = grad is not None and grad is param.exposed
-            if is_view and param.window != self._window and grad._version == param.ended_version:
-                return index
-        return -1
+        return next((i for i, p in enumerate(self._params) if self._is_left_over(p)), -1)
+
+    def _is_left_over(self, param: _Param) -> bool:
+        grad = param.variable.grad
+        is_view = grad is not None and grad is param.exposed
+        return is_view and param.window != self._window and grad._version == param.ended_version
 
     def tally(self) -> tuple[int, int, int]:
         """Returns the number of the last window, its backwards, and those without a weight.

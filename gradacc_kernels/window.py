@@ -70,8 +70,7 @@ class Window:
         self._tallies_averaged: list[tuple[int, int, int]] = []
         self._is_late = False  # gradients have arrived after that, and before the parameters moved
         self._tallies_opened: list[tuple[int, int, int]] = []  # when micro_batch began
-        # The tallies when the last window was closed, and 1 where its weight was 0.
-        self._closed: tuple[list[tuple[int, int, int]], Tensor] | None = None
+        self._closed: Tensor | None = None  # 1 where the weight of the last window was 0
 
     @property
     def attachment(self) -> Any:
@@ -268,18 +267,22 @@ class Window:
             )
         if weight is None or self.is_weighted:
             return self.is_weighted
-        for group in self.attachment.groups:
-            index = group.hooks.left_over()
-            if index >= 0:
-                raise RuntimeError(
-                    f"micro_batch: parameter {group.names[index]} still has the gradient of the "
-                    "last window, which was divided by that window's weight: call zero_grad() on "
-                    "it. Optimizers that step at different times need an attachment each"
-                )
+        left_over = self._left_over()
+        if left_over is not None:
+            raise RuntimeError(
+                f"micro_batch: parameter {left_over} still has the gradient of the last window, "
+                "which was divided by that window's weight: call zero_grad() on it. Optimizers "
+                "that step at different times need an attachment each"
+            )
         self.reset()
         self.is_weighted = True
         pending.add(self)
         return False
+
+    def _left_over(self) -> str | None:
+        """Names a parameter whose gradient is still that of a window that has ended."""
+        indices = ((group, group.hooks.left_over()) for group in self.attachment.groups)
+        return next((group.names[index] for group, index in indices if index >= 0), None)
 
     def _count(self, weight: float | Tensor) -> None:
         self.follow()
@@ -498,8 +501,8 @@ class Window:
         skip, is_empty = found_inf, None
         if divisor is not None:
             is_empty = (self.weight == 0).float()
-        elif self._closed is not None and self._closed[0] == self._tallies():
-            is_empty = self._closed[1]
+        elif self._closed is not None and self._left_over() is not None:
+            is_empty = self._closed
         if is_empty is not None:
             skip = torch.maximum(found_inf, is_empty)
         factor = None
@@ -526,7 +529,7 @@ class Window:
         for group in attachment.groups:
             group.hooks.end_window()
         self.reset()
-        self._closed = None if is_empty is None else (self._tallies(), is_empty)
+        self._closed = is_empty
         return result, norm, found_inf
 
     def _step_folded(self, optimizer, step, divisor, factor, skip) -> Any:

@@ -380,9 +380,11 @@ void GradHooks::scale(const at::Tensor& factor) {
   const Lock lock(*this);
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> mains;
-  for (const Param& param : params_) {
+  std::vector<Param*> left_over;
+  for (Param& param : params_) {
     const at::Tensor& grad = param.variable.mutable_grad();
     if (!grad.defined()) continue;
+    if (is_left_over(param)) left_over.push_back(&param);
     if (is_main(grad)) {
       mains.push_back(grad);
     } else {
@@ -390,6 +392,8 @@ void GradHooks::scale(const at::Tensor& factor) {
     }
   }
   gradacc::scale_(mains, factor.to(at::kFloat));
+  for (Param* param : left_over)
+    param->ended_version = static_cast<int64_t>(param->variable.mutable_grad()._version());
 }
 
 std::optional<at::Tensor> GradHooks::current(int64_t index) {
@@ -428,14 +432,15 @@ void GradHooks::end_window() {
 
 int64_t GradHooks::left_over() {
   const Lock lock(*this);
-  for (size_t i = 0; i < params_.size(); ++i) {
-    const Param& param = params_[i];
-    const at::Tensor& grad = param.variable.mutable_grad();
-    if (param.window != window_ && grad.defined() && grad.is_same(param.exposed) &&
-        param.ended_version == static_cast<int64_t>(grad._version()))
-      return static_cast<int64_t>(i);
-  }
+  for (size_t i = 0; i < params_.size(); ++i)
+    if (is_left_over(params_[i])) return static_cast<int64_t>(i);
   return -1;
+}
+
+bool GradHooks::is_left_over(const Param& param) const {
+  const at::Tensor& grad = param.variable.mutable_grad();
+  return param.window != window_ && grad.defined() && grad.is_same(param.exposed) &&
+         param.ended_version == static_cast<int64_t>(grad._version());
 }
 
 Tally GradHooks::tally() {

@@ -207,6 +207,7 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   void count_backward();
   void begin_backward();
   bool has_begun(const Param& param) const;
+  bool is_left_over(const Param& param) const;
   void follow_uses();
   void count(Param& param, int graph_task, bool store);
   const Factor& factor();
