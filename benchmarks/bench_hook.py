@@ -29,7 +29,7 @@ from pathlib import Path
 
 import gradient_ways
 import report
-import resnet
+import shapes
 import torch
 from environment import environment
 from timing import capture, capture_stream, quantiles, release, sample_wall, time_replays
@@ -76,19 +76,13 @@ class Case:
         return "both" if len(waits) > 1 else "queued" if waits == {True} else "at once"
 
 
-def resnet50() -> tuple[tuple[int, ...], ...]:
-    """Returns the shapes of its 161 parameters."""
-    with torch.device("meta"):
-        return tuple(tuple(param.shape) for param in resnet.ResNet().parameters())
-
-
 def cases(is_cuda: bool) -> list[Case]:
     """Returns the cases; on the CPU, whose memory is the limit, fewer large tensors."""
     n_large = 100 if is_cuda else 10
     return [
         Case("400 x 2048", 400 * ((2048,),)),
         Case(f"{n_large} x 2^20", n_large * ((1 << 20,),)),
-        Case("ResNet-50", resnet50()),
+        Case("ResNet-50", tuple(shapes.SHAPES["resnet-50"])),
         Case("10000 x 16", 10000 * ((16,),)),
         Case("1 x 2048", ((2048,),)),
     ]
@@ -484,9 +478,23 @@ def is_odd(row: dict) -> bool:
     return row["busy_timer"] != "no GPU" and not row["busy_timer"].startswith("graph")
 
 
+def launch_us(device: torch.device) -> float | None:
+    """Returns what the host spends to launch one kernel that does nothing; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    samples = []
+    for _ in range(200):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        torch.cuda._sleep(0)
+        samples.append((time.perf_counter() - begin) * 1e6)
+    return round(statistics.median(samples), 3)
+
+
 def run(options: argparse.Namespace, device: torch.device, failures: list[str]) -> None:
     """Measures all cases; saves after each."""
     measured_with = environment(device)
+    launch = launch_us(device)
     rows: list[dict] = []
     found: list[dict] = []
     for case in cases(device.type == "cuda"):
@@ -495,9 +503,11 @@ def run(options: argparse.Namespace, device: torch.device, failures: list[str]) 
         release()
         found = targets(rows, device)
         if options.json:
-            report.save(options.json, measured_with, rows, method=METHOD, targets=found)
+            extra = {"method": METHOD, "launch_us": launch, "targets": found}
+            report.save(options.json, measured_with, rows, **extra)
     if rows:
         print(summary(rows, found))
+        print(f"\nlaunch of an empty kernel: {launch} us of the host" if launch else "")
 
 
 def main() -> None:

@@ -7,7 +7,7 @@
 #   wgrad        weight gradients, embeddings       eager        training loops, and their memory
 #   close        closing a window                   memory       bytes a parameter
 #   hook         what a hook costs the host          queue        adding at once or waiting
-#   master_params  training with float32 masters
+#   master_params  training with float32 masters     counters     what bounds the elementwise kernels
 #
 # Builds the extension in place first, for the GPU that is there, unless one lies there already.
 # Exits with 1 when a part failed; the others run all the same.
@@ -48,6 +48,7 @@ for part in "$@"; do
     wgrad) benchmark wgrad benchmarks/bench_wgrad.py ;;
     hook) benchmark hook benchmarks/bench_hook.py ;;
     queue) benchmark queue benchmarks/bench_queue.py ;;
+    counters) benchmark counters benchmarks/counters.py ;;
     close) benchmark close benchmarks/bench_close.py ;;
     memory) benchmark memory benchmarks/bench_memory.py ;;
     master_params) benchmark master_params benchmarks/bench_master_params.py ;;

@@ -12,7 +12,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import accumulate_ways  # noqa: E402
 import bench_accumulate  # noqa: E402
 import bench_multi_tensor  # noqa: E402
+import counters  # noqa: E402
 import render  # noqa: E402
+import resnet  # noqa: E402
 import shapes  # noqa: E402
 import targets  # noqa: E402
 import timing  # noqa: E402
@@ -34,6 +36,32 @@ CPU = torch.device("cpu")
 )
 def test_shapes_have_the_published_number_of_parameters(name, numel, tensors):
     assert (shapes.numel(shapes.SHAPES[name]), len(shapes.SHAPES[name])) == (numel, tensors)
+
+
+def test_resnet_is_the_published_one():
+    with torch.device("meta"):
+        ours = sorted(tuple(param.shape) for param in resnet.ResNet().parameters())
+    assert ours == sorted(shapes.SHAPES["resnet-50"])
+
+
+def test_counters_are_joined_with_the_calls_that_made_them():
+    header = "ID,Process ID,Kernel Name,Section Name,Metric Name,Metric Unit,Metric Value"
+    lines = ["==PROF== Connected", ",".join(f'"{name}"' for name in header.split(","))]
+    units = {"us": "msecond", "read_mb": "Kbyte", "written_mb": "Gbyte"}
+    for kernel in (2, 10, 3, 4):
+        for metric, name in counters.METRICS.items():
+            value = f"{kernel},000.5"
+            line = (kernel, 1, "void f<int>(int)", "", metric, units.get(name, ""), value)
+            lines.append(",".join(f'"{entry}"' for entry in line))
+    found = counters.rows_of(counters.parse("\n".join(lines)), [("one", 4.0, 3), ("two", 2.0, 1)])
+    assert [(row["case"], row["registers"]) for row in found] == [("one", 2000.5), ("two", 10000.5)]
+    assert (found[0]["us"], found[0]["read_mb"], found[0]["written_mb"]) == (
+        2000500,
+        2.001,
+        2000500,
+    )
+    with pytest.raises(SystemExit, match="no table"):
+        counters.parse("==ERROR== no permission")
 
 
 def ways(is_list):
