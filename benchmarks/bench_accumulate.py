@@ -173,14 +173,7 @@ def main() -> None:
                 report.say(f"{name} {dtype}")
                 rows += run_case(name, chosen[name], dtype, backends, device, failures)
                 release()
-    report.add_share_of_copy(rows, copy)
-    found = targets_of(rows)
-    if options.json:
-        more = {"copy_gb_per_s": round(copy, 2), "targets": found}
-        report.save(options.json, measured_with, rows, **more)
-    print(report.table(rows, report.CACHE_COLUMNS, n_text=6))
-    print(f"\n{targets.table(found)}")
-    report.end(failures)
+    report.finish_against_copy(rows, copy, targets_of, measured_with, options.json, failures)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import targets
 import torch
 from timing import Timing
 
@@ -112,6 +113,25 @@ def save(path: Path, environment: dict, rows: Sequence[dict], **more) -> None:
     text = ",\n".join(f'  "{name}": {value}' for name, value in entries.items())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{{\n{text}\n}}\n")
+
+
+def finish_against_copy(
+    rows: Sequence[dict],
+    copy_gb_per_s: float,
+    targets_of: Callable[[Sequence[dict]], list[dict]],
+    environment: dict,
+    path: Path | None,
+    failures: Sequence[str],
+) -> None:
+    """Ends a run of elementwise kernels: shares of the copy, targets, results file and tables."""
+    add_share_of_copy(rows, copy_gb_per_s)
+    found = targets_of(rows)
+    if path:
+        more = {"copy_gb_per_s": round(copy_gb_per_s, 2), "targets": found}
+        save(path, environment, rows, **more)
+    print(table(rows, CACHE_COLUMNS, n_text=6))
+    print(f"\n{targets.table(found)}")
+    end(failures)
 
 
 Columns = Mapping[str, Callable[[dict], str]]

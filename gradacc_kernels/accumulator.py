@@ -285,7 +285,9 @@ class Accumulator:
             )
         if scaler is not None:
             return scaler._close(optimizer, optimizer.step, max_norm, {})[1]
-        return self._attachment.window.close(optimizer, optimizer.step, max_norm)[1]
+        window = self._attachment.window
+        window.check_step(optimizer)
+        return window.close(optimizer, optimizer.step, max_norm)[1]
 
     @property
     def counters(self) -> dict[str, Tensor]:

@@ -102,6 +102,7 @@ class GradScaler(torch.amp.GradScaler):
     def _close(self, optimizer, step, max_norm, kwargs) -> tuple[Any, Tensor | None]:
         window = self.accumulator._attachment.window
         if not self.is_enabled():
+            window.check_step(optimizer)
             result, norm, _ = window.close(optimizer, step, max_norm)
             return result, norm
         if "closure" in kwargs:

@@ -259,11 +259,8 @@ class PythonHooks:
         """Tells that inv_scale may be written to; this hook has never left it out."""
         return True
 
-    def statistics_valid(self, index: int) -> bool:
-        """Tells whether a parameter's slots describe its ``.grad``, by its version counter."""
-        return self._are_statistics_valid(self._params[index])
-
     def _are_statistics_valid(self, param: _Param) -> bool:
+        """Tells whether a parameter's slots describe its ``.grad``, by its version counter."""
         grad = param.variable.grad
         return (
             grad is not None

@@ -10,8 +10,8 @@ the average is the gradient of the one big batch, however its tokens are spread.
 from __future__ import annotations
 
 import contextlib
-import math
 import numbers
+import struct
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -450,7 +450,7 @@ class Window:
         return norm if divisor is None else (norm / divisor).to(norm.dtype)
 
     def check_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raises what close does, before anything has changed."""
+        """Raises what speaks against a close, before anything has changed."""
         self.check_closed("step")
         covered = set(map(id, self.attachment.params.values()))
         if not any(id(p) in covered for group in optimizer.param_groups for p in group["params"]):
@@ -469,7 +469,7 @@ class Window:
         max_norm: float | None,
         other_found_inf: Tensor | None = None,
     ) -> tuple[Any, Tensor, Tensor]:
-        """Averages, clips, checks and steps.
+        """Averages, clips, checks and steps, after check_step.
 
         Args:
             optimizer: over covered parameters, and others.
@@ -480,7 +480,6 @@ class Window:
         Returns:
             What step returned, the norm before clipping, and found_inf.
         """
-        self.check_step(optimizer)
         attachment = self.attachment
         params = [p for group in optimizer.param_groups for p in group["params"]]
         ours = {id(p) for p in attachment.params.values() if p.grad is not None}
@@ -569,11 +568,10 @@ def _checked(weight: Any) -> float | Tensor:
         raise TypeError(
             f"micro_batch: weight must be a number or a tensor, got {type(weight).__name__}"
         )
-    # As it multiplies, so that what is divided is what was added.
-    weight = torch.tensor(float(weight), dtype=torch.float32).item()
-    if not (math.isfinite(weight) and weight >= 0):
+    if not 0 <= weight <= torch.finfo(torch.float32).max:
         raise ValueError(f"micro_batch: weight must be finite and not negative, got {weight}")
-    return weight
+    # As it multiplies, so that what is divided is what was added.
+    return struct.unpack("f", struct.pack("f", weight))[0]
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:

@@ -711,10 +711,10 @@ def test_add_when_writing_fails():
     assert main is group.buffer.views[0] and partials is group.buffer.slots[0]
     assert (are_partials_valid, scale, inv_scale.item(), store) == (True, 1.0, 1.0, True)
     assert param.grad.data_ptr() == main.data_ptr()
-    assert not group.hooks.statistics_valid(0)
+    assert not group.hooks._are_statistics_valid(group.hooks._params[0])
     assert group.hooks.add(0, lambda *arguments: bool(calls.append(arguments)) or True)
     assert calls[1][2] is False and calls[1][5] is False
-    assert group.hooks.statistics_valid(0)
+    assert group.hooks._are_statistics_valid(group.hooks._params[0])
     hooks = group.hooks
     accumulator.detach()
     assert not hooks.add(0, fail)

@@ -315,11 +315,6 @@ bool GradHooks::use_inv_scale() {
   return true;
 }
 
-bool GradHooks::statistics_valid(int64_t index) {
-  const Lock lock(*this);
-  return are_statistics_valid(params_.at(index));
-}
-
 bool GradHooks::are_statistics_valid(const Param& param) const {
   const at::Tensor& grad = param.variable.mutable_grad();
   return grad.defined() && grad.is_same(param.exposed) && is_ours(grad, param) &&

@@ -101,8 +101,6 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   // not see it. Until then fused modules leave it out: with a factor that the host knows, kernels
   // are faster.
   bool use_inv_scale();
-  // Whether the slots of a parameter describe its `.grad`, as far as version counters tell.
-  bool statistics_valid(int64_t index);
   // Measures the `.grad` of all parameters, or of some: in one part, or none where none has one.
   // from_slots: reads the slots that describe it, and renews the others.
   std::vector<Statistics> measure(bool from_slots,
@@ -194,6 +192,7 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   void install(int64_t index);
   bool is_ours(const at::Tensor& grad, const Param& param) const;
   bool was_cast(const at::Tensor& grad, const Param& param) const;
+  // Whether the slots of a parameter describe its `.grad`, as far as version counters tell.
   bool are_statistics_valid(const Param& param) const;
   at::Tensor sum_of(const at::Tensor& grad, const Param& param) const;
   bool adopt(Param& param);

@@ -133,7 +133,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("expose", &GradHooks::expose, NoGil())
       .def("invalidate", &GradHooks::invalidate, NoGil())
       .def("use_inv_scale", &GradHooks::use_inv_scale, NoGil())
-      .def("statistics_valid", &GradHooks::statistics_valid, NoGil())
       .def("measure", &GradHooks::measure, NoGil())
       .def("scale", &GradHooks::scale, NoGil())
       .def("current", &GradHooks::current, NoGil())
