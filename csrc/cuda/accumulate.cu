@@ -94,6 +94,7 @@ __global__ void __launch_bounds__(kThreads)
   const int index = table.find(block);
   const Accumulation& item = table.items[index];
   const int64_t slot = block - table.first_chunk[index];
+  wait_for_former();
   const float s = inv_scale ? scale * *inv_scale : scale;
 
   SquareSum sum;
@@ -113,7 +114,8 @@ __global__ void __launch_bounds__(kThreads)
 int accumulate(const Accumulation* items, int64_t count, float scale, const float* inv_scale,
                Stream stream) {
   return launch_list(items, count, [&](const auto& table, int32_t chunks) {
-    accumulate_kernel<<<chunks, kThreads, 0, stream>>>(table, scale, inv_scale);
+    using List = std::decay_t<decltype(table)>;
+    return launch_early(accumulate_kernel<List>, chunks, kThreads, stream, table, scale, inv_scale);
   });
 }
 

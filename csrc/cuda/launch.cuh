@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "../kernels.h"
 
@@ -50,6 +51,51 @@ struct Table {
   }
 };
 
+// Waits for the kernels before this one, where it was launched by launch_early.
+__device__ inline void wait_for_former() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// Whether the current device can schedule a kernel while the one before it ends.
+inline bool launches_early() {
+  static thread_local int known_device = -1;
+  static thread_local bool is_able = false;
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (device != known_device) {
+    const auto error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    is_able = error == cudaSuccess && major >= 9;
+    known_device = device;
+  }
+  return is_able;
+}
+
+template <typename T>
+struct Same {
+  using type = T;
+};
+
+// Launches a kernel whose blocks may be scheduled while those of the kernel before it end (Hopper
+// and later): its launch costs no time between the two. It must call wait_for_former before it
+// touches memory.
+template <typename... Params>
+cudaError_t launch_early(void (*kernel)(Params...), int blocks, int threads, Stream stream,
+                         const typename Same<Params>::type&... params) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = launches_early() ? 1 : 0;
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&params))...};
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
+}
+
 // Sum over a block of kBlock threads, in a fixed order; valid in thread 0.
 template <int kBlock = kThreads, typename T>
 __device__ T block_sum(T value) {
@@ -77,7 +123,8 @@ struct SquareSum {
   __device__ float total() const { return squares + poison; }
 };
 
-// Fills tables of kCapacity with the non-empty items and launches each: launch(table, chunks).
+// Fills tables of kCapacity with the non-empty items and launches each: launch(table, chunks),
+// which returns an error code.
 template <int kCapacity, typename Item, typename Launch>
 cudaError_t launch_tables(const Item* items, int64_t count, const Launch& launch) {
   constexpr int64_t kMaxChunks = INT32_MAX;
@@ -96,8 +143,7 @@ cudaError_t launch_tables(const Item* items, int64_t count, const Launch& launch
     }
     table.first_chunk[table.count] = static_cast<int32_t>(chunks);
     if (table.count == 0) continue;
-    launch(table, static_cast<int32_t>(chunks));
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error = launch(table, static_cast<int32_t>(chunks));
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -14,6 +14,7 @@ constexpr int kBlocksPerProcessor = 16;
 template <typename List>
 __global__ void __launch_bounds__(kThreads)
     scale_kernel(const __grid_constant__ List table, int32_t chunks, const float* factor) {
+  wait_for_former();
   const float f = *factor;
   if (f == 1.f) return;
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
@@ -53,7 +54,8 @@ int scale(const Scaling* items, int64_t count, const float* factor, Stream strea
   if (error != cudaSuccess) return error;
   return launch_list(items, count, [&](const auto& table, int32_t chunks) {
     const int blocks = std::min(chunks, processors * kBlocksPerProcessor);
-    scale_kernel<<<blocks, kThreads, 0, stream>>>(table, chunks, factor);
+    using List = std::decay_t<decltype(table)>;
+    return launch_early(scale_kernel<List>, blocks, kThreads, stream, table, chunks, factor);
   });
 }
 

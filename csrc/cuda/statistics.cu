@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant
   const float* main = item.main + slot * kChunkSize;
   const int64_t left = item.numel - slot * kChunkSize;
 
+  wait_for_former();
   SquareSum sum;
   if (left >= kChunkSize && reinterpret_cast<uintptr_t>(main) % sizeof(float4) == 0) {
     const auto* vec = reinterpret_cast<const float4*>(main) + threadIdx.x;
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant
 }
 
 constexpr int kMaxSlotLists = kMaxCapacity;
-constexpr int64_t kShortListSlots = 4096;
+constexpr int64_t kShortListSlots = 32;  // of each tensor
 // One block reads all slots of a tensor, so it must have many loads in flight.
 constexpr int kReduceThreads = 1024;
 
@@ -86,21 +87,28 @@ __device__ void write_norm(double sum, float* norm, float* found_inf) {
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_kernel(const __grid_constant__ SlotLists lists, float* sums) {
   const Slots& item = lists.items[blockIdx.x];
+  wait_for_former();
   const double sum = reduce(item.partials, item.count);
   if (threadIdx.x == 0) sums[blockIdx.x] = static_cast<float>(sum);
 }
 
-// One block for all tensors of a short list, a warp for each in turn, and the norm with them.
+// One block for all tensors of a short list, kGroup threads for each in turn, and the norm with
+// them.
 __global__ void __launch_bounds__(kReduceThreads)
     short_list_kernel(const __grid_constant__ SlotLists lists, int count, float* sums, float* norm,
                       float* found_inf) {
+  constexpr int kGroup = 8;
+  const int lane = threadIdx.x % kGroup;
+  wait_for_former();
   double total = 0.;
-  for (int i = threadIdx.x / kWarpSize; i < count; i += kReduceThreads / kWarpSize) {
-    const Slots& item = lists.items[i];
-    double sum = part_of_sum(item.partials, item.count, threadIdx.x % kWarpSize, kWarpSize);
-    for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
-      sum += __shfl_down_sync(0xffffffffu, sum, offset);
-    if (threadIdx.x % kWarpSize == 0) {
+  for (int i = threadIdx.x / kGroup; i - threadIdx.x / kGroup < count;
+       i += kReduceThreads / kGroup) {
+    const bool is_one = i < count;  // all threads of a warp take part in the shuffles
+    double sum =
+        is_one ? part_of_sum(lists.items[i].partials, lists.items[i].count, lane, kGroup) : 0.;
+    for (int offset = kGroup / 2; offset > 0; offset /= 2)
+      sum += __shfl_down_sync(0xffffffffu, sum, offset, kGroup);
+    if (is_one && lane == 0) {
       sums[i] = static_cast<float>(sum);
       total += sums[i];
     }
@@ -111,6 +119,7 @@ __global__ void __launch_bounds__(kReduceThreads)
 
 __global__ void __launch_bounds__(kReduceThreads)
     norm_kernel(const float* sums, int64_t count, float* norm, float* found_inf) {
+  wait_for_former();
   const double sum = reduce(sums, count);
   if (threadIdx.x == 0) write_norm(sum, norm, found_inf);
 }
@@ -119,30 +128,28 @@ __global__ void __launch_bounds__(kReduceThreads)
 
 int sum_of_squares(const Squares* items, int64_t count, Stream stream) {
   return launch_list(items, count, [&](const auto& table, int32_t chunks) {
-    squares_kernel<<<chunks, kThreads, 0, stream>>>(table);
+    using List = std::decay_t<decltype(table)>;
+    return launch_early(squares_kernel<List>, chunks, kThreads, stream, table);
   });
 }
 
 int reduce(const Slots* items, int64_t count, float* sums, float* norm, float* found_inf,
            Stream stream) {
-  int64_t slots = 0;
-  for (int64_t i = 0; i < count; ++i) slots += items[i].count;
-  const bool is_short = count <= kMaxSlotLists && slots <= kShortListSlots;
+  int64_t longest = 0;
+  for (int64_t i = 0; i < count; ++i) longest = std::max(longest, items[i].count);
+  const bool is_short = count <= kMaxSlotLists && longest <= kShortListSlots;
   for (int64_t begin = 0; begin < count; begin += kMaxSlotLists) {
     SlotLists lists;
     const int n = static_cast<int>(std::min<int64_t>(count - begin, kMaxSlotLists));
     std::copy(items + begin, items + begin + n, lists.items);
-    if (is_short) {
-      short_list_kernel<<<1, kReduceThreads, 0, stream>>>(lists, n, sums, norm, found_inf);
-    } else {
-      reduce_kernel<<<n, kReduceThreads, 0, stream>>>(lists, sums + begin);
-    }
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error =
+        is_short ? launch_early(short_list_kernel, 1, kReduceThreads, stream, lists, n, sums, norm,
+                                found_inf)
+                 : launch_early(reduce_kernel, n, kReduceThreads, stream, lists, sums + begin);
     if (error != cudaSuccess) return error;
   }
-  if (!is_short || count == 0)
-    norm_kernel<<<1, kReduceThreads, 0, stream>>>(sums, count, norm, found_inf);
-  return cudaGetLastError();
+  if (is_short && count > 0) return cudaSuccess;
+  return launch_early(norm_kernel, 1, kReduceThreads, stream, sums, count, norm, found_inf);
 }
 
 }  // namespace gradacc::cuda
