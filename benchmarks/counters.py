@@ -102,7 +102,8 @@ def cases() -> list[Case]:
     add("grad_stats of main gradients, cuda", 4, lambda: ops.grad_stats([main]), kernels=3)
     add("scale_, cuda", 8, lambda: ops.scale_([main], factor))
     add("torch: main.add_(bf16)", 10, lambda: main.add_(grad))
-    add("torch: copy_ of fp32", 8, lambda: main.copy_(other))
+    # In place of copy_, which is no kernel, and so is not seen.
+    add("torch: neg of fp32", 8, lambda: torch.neg(other, out=main))
     return found
 
 
@@ -135,6 +136,9 @@ def parse(text: str) -> list[dict]:
 
 def rows_of(table: list[dict], cases: list[tuple[str, float, int]]) -> list[dict]:
     """Joins the kernels of ncu with the calls that launched them."""
+    expected = sum(n_kernels for *_, n_kernels in cases)
+    if len(table) != expected:
+        raise SystemExit(f"counters: expected {expected} kernels, ncu saw {len(table)}")
     rows, next_kernel = [], iter(table)
     for name, mb, n_kernels in cases:
         first, *_ = [next(next_kernel) for _ in range(n_kernels)]
