@@ -657,6 +657,27 @@ def binary(nbytes: int) -> str:
     return str(nbytes)
 
 
+def counters_block(device: str) -> str:
+    """Returns the block ``counters DEVICE``."""
+    results = load(f"counters_{device}")
+    columns = ["call", "us", "DRAM GB/s", "moved / needed", "sectors a load", "sectors a store"]
+    columns += ["occupancy", "registers"]
+    lines = [
+        [
+            escape(r["case"]),
+            f"{r['us']:.1f}",
+            f"{r['dram_gb_per_s']:.0f}",
+            f"{r['moved_over_needed']:.3f}",
+            f"{r['sectors_per_load']:.1f}",
+            f"{r['sectors_per_store']:.1f}",
+            f"{r['occupancy_percent']:.0f}%",
+            f"{r['registers']:.0f}",
+        ]
+        for r in results["rows"]
+    ]
+    return table(columns, lines, results)
+
+
 def rates_of(results: dict) -> str:
     """Returns the sentence that says where the floors come from."""
     rates = results["rates"]
@@ -680,6 +701,7 @@ BLOCKS = {
     "master_params": master_params_block,
     "hook": hook_block,
     "queue": queue_block,
+    "counters": counters_block,
 }
 
 
