@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import render
 import report
 import shapes
 import torch
@@ -172,17 +173,7 @@ def main() -> None:
         raise SystemExit(f"counters: ncu failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     named = [line.split("\t")[1:] for line in done.stderr.splitlines() if line[:5] == "case\t"]
     table = rows_of(parse(done.stdout), [(n, float(mb), int(k)) for n, mb, k in named])
-    columns = {
-        "case": lambda r: r["case"],
-        "us": lambda r: f"{r['us']:.1f}",
-        "DRAM GB/s": lambda r: f"{r['dram_gb_per_s']:.0f}",
-        "moved / needed": lambda r: f"{r['moved_over_needed']:.3f}",
-        "sectors, load": lambda r: f"{r['sectors_per_load']:.1f}",
-        "store": lambda r: f"{r['sectors_per_store']:.1f}",
-        "occupancy": lambda r: f"{r['occupancy_percent']:.0f}%",
-        "registers": lambda r: f"{r['registers']:.0f}",
-    }
-    print(report.table(table, columns, n_text=1))
+    print(report.table(table, render.COUNTERS, n_text=1))
     if options.json:
         report.save(options.json, environment(torch.device("cuda")), table)
 

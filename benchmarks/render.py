@@ -657,25 +657,23 @@ def binary(nbytes: int) -> str:
     return str(nbytes)
 
 
+COUNTERS: dict[str, Callable[[dict], str]] = {
+    "call": lambda r: r["case"],
+    "us": lambda r: f"{r['us']:.1f}",
+    "DRAM GB/s": lambda r: f"{r['dram_gb_per_s']:.0f}",
+    "moved / needed": lambda r: f"{r['moved_over_needed']:.3f}",
+    "sectors a load": lambda r: f"{r['sectors_per_load']:.1f}",
+    "sectors a store": lambda r: f"{r['sectors_per_store']:.1f}",
+    "occupancy": lambda r: f"{r['occupancy_percent']:.0f}%",
+    "registers": lambda r: f"{r['registers']:.0f}",
+}
+
+
 def counters_block(device: str) -> str:
     """Returns the block ``counters DEVICE``."""
     results = load(f"counters_{device}")
-    columns = ["call", "us", "DRAM GB/s", "moved / needed", "sectors a load", "sectors a store"]
-    columns += ["occupancy", "registers"]
-    lines = [
-        [
-            escape(r["case"]),
-            f"{r['us']:.1f}",
-            f"{r['dram_gb_per_s']:.0f}",
-            f"{r['moved_over_needed']:.3f}",
-            f"{r['sectors_per_load']:.1f}",
-            f"{r['sectors_per_store']:.1f}",
-            f"{r['occupancy_percent']:.0f}%",
-            f"{r['registers']:.0f}",
-        ]
-        for r in results["rows"]
-    ]
-    return table(columns, lines, results)
+    lines = [[escape(text(r)) for text in COUNTERS.values()] for r in results["rows"]]
+    return table(list(COUNTERS), lines, results)
 
 
 def rates_of(results: dict) -> str:

@@ -60,6 +60,8 @@ def test_counters_are_joined_with_the_calls_that_made_them():
         2.001,
         2000500,
     )
+    with pytest.raises(SystemExit, match="expected 3 kernels, ncu saw 4"):
+        counters.rows_of(counters.parse("\n".join(lines)), [("one", 4.0, 3)])
     with pytest.raises(SystemExit, match="no table"):
         counters.parse("==ERROR== no permission")
 
