@@ -562,6 +562,7 @@ def hook_block(device: str) -> str:
     text = table(columns, lines, results)
     if results["targets"]:
         text += "\n" + targets_table(results["targets"])
+        text += f"\nThe launch of an empty kernel took the host {results['launch_us']:.1f} us.\n"
     return text
 
 

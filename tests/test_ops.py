@@ -678,6 +678,43 @@ def test_found_inf_in_any_tensor_of_a_list(backend, value):
             assert norm.isnan() and found_inf == 1
 
 
+# Slots of the tensors of a list, on both sides of where the CUDA kernels' launches change.
+SLOT_LISTS = {
+    "few": [1, 32, 0, 5, 31] * 30,
+    "a warp each": [33, 1, 4096, 130, 7],
+    "in several rounds": [4093, 33] * 150,
+    "one": [1],
+    "one of a warp": [4096],
+    "one of a block": [4097],
+    "one of two blocks": [32 * 1024 + 1],
+    "one of a cluster": [300_001],
+    "long ones": [70_003, 3, 4097, 0, 33],
+    "more than a table": [3, 1, 2] * 220,
+    "more than a table, of warps": [40, 1, 2] * 220,
+    "more than a table, long": [5000] + [1] * 700,
+}
+
+
+@pytest.mark.parametrize("lengths", SLOT_LISTS.values(), ids=SLOT_LISTS)
+def test_slots_of_lists_of_any_length(backend, lengths):
+    whole = torch.rand(sum(lengths) + 1)
+    # From the second on, so that no list of slots begins where vectors do.
+    slots = list(whole[1:].split(lengths))
+    exact = [float(part.double().sum()) for part in slots]
+    on_device = whole.to(backend.device)
+    parts = list(on_device[1:].split(lengths))
+    sums, norm, found_inf = ops.grad_stats(partials=parts, backend=backend.name)
+    rounding = 2.0**-23
+    assert sums.tolist() == pytest.approx(exact, rel=rounding)
+    assert norm.item() ** 2 == pytest.approx(sum(exact), rel=4 * rounding)
+    assert found_inf == 0
+    on_device[-1] = math.nan  # of the last tensor that has a slot
+    sums, norm, found_inf = ops.grad_stats(partials=parts, backend=backend.name)
+    last = max(i for i, length in enumerate(lengths) if length)
+    assert sums.isnan().nonzero().tolist() == [[last]]
+    assert norm.isnan() and found_inf == 1
+
+
 def test_statistics_of_float64():
     main = torch.randn(CHUNK + 9, dtype=torch.float64)
     slots = torch.empty(2, dtype=torch.float64)

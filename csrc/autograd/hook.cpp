@@ -80,6 +80,10 @@ class GradHooks::Lock {
   std::optional<torch::torch_dispatch_mode::StashTorchDispatchStackGuard> no_modes_;
 };
 
+// Of so many gradients that wait, a launch's table is full. Launched then, they are still in the
+// processor's cache.
+constexpr size_t kQueueLength = 640;
+
 namespace {
 
 // What is launched on `second` from now on starts when `first` has done what it was given.
@@ -788,7 +792,7 @@ void GradHooks::enqueue(Entry entry) {
   entry.param->batch = backward->batch;
   backward->bytes += static_cast<int64_t>(entry.grad.nbytes());
   backward->entries.push_back(std::move(entry));
-  if (backward->bytes >= queue_bytes_) flush(*backward);
+  if (backward->bytes >= queue_bytes_ || backward->entries.size() == kQueueLength) flush(*backward);
 }
 
 // On the stream on which the gradients were queued, so that they need no record_stream; the stream

@@ -12,6 +12,7 @@ std::vector<int64_t> count_uses(const std::vector<const Node*>& leaves) {
   const auto* nodes = torch::autograd::get_current_graph_task_nodes_in_graph();
   if (!nodes) return uses;
   ska::flat_hash_map<const Node*, size_t> indices;
+  indices.reserve(leaves.size());
   for (size_t i = 0; i < leaves.size(); ++i)
     if (leaves[i]) indices.emplace(leaves[i], i);
   for (const Node* node : *nodes) {

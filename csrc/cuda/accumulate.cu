@@ -115,7 +115,8 @@ int accumulate(const Accumulation* items, int64_t count, float scale, const floa
                Stream stream) {
   return launch_list(items, count, [&](const auto& table, int32_t chunks) {
     using List = std::decay_t<decltype(table)>;
-    return launch_early(accumulate_kernel<List>, chunks, kThreads, stream, table, scale, inv_scale);
+    return launch_early(accumulate_kernel<List>, {chunks, kThreads}, stream, table, scale,
+                        inv_scale);
   });
 }
 

@@ -58,8 +58,9 @@ __device__ inline void wait_for_former() {
 #endif
 }
 
-// Whether the current device can schedule a kernel while the one before it ends.
-inline bool launches_early() {
+// Whether the current device has clusters of blocks, and can schedule a kernel while the one before
+// it ends: Hopper and later.
+inline bool has_clusters() {
   static thread_local int known_device = -1;
   static thread_local bool is_able = false;
   int device = 0, major = 0;
@@ -72,26 +73,35 @@ inline bool launches_early() {
   return is_able;
 }
 
+struct Grid {
+  int blocks;
+  int threads;
+  int cluster = 1;  // blocks of one cluster; more than 1 where has_clusters()
+};
+
 template <typename T>
 struct Same {
   using type = T;
 };
 
-// Launches a kernel whose blocks may be scheduled while those of the kernel before it end (Hopper
-// and later): its launch costs no time between the two. It must call wait_for_former before it
+// Launches a kernel whose blocks may be scheduled while those of the kernel before it end, where
+// has_clusters(): its launch costs no time between the two. It must call wait_for_former before it
 // touches memory.
 template <typename... Params>
-cudaError_t launch_early(void (*kernel)(Params...), int blocks, int threads, Stream stream,
+cudaError_t launch_early(void (*kernel)(Params...), const Grid& grid, Stream stream,
                          const typename Same<Params>::type&... params) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = grid.cluster;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
+  config.gridDim = dim3(grid.blocks);
+  config.blockDim = dim3(grid.threads);
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = launches_early() ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = !has_clusters() ? 0 : grid.cluster > 1 ? 2 : 1;
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&params))...};
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
 }

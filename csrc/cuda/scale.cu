@@ -55,7 +55,7 @@ int scale(const Scaling* items, int64_t count, const float* factor, Stream strea
   return launch_list(items, count, [&](const auto& table, int32_t chunks) {
     const int blocks = std::min(chunks, processors * kBlocksPerProcessor);
     using List = std::decay_t<decltype(table)>;
-    return launch_early(scale_kernel<List>, blocks, kThreads, stream, table, chunks, factor);
+    return launch_early(scale_kernel<List>, {blocks, kThreads}, stream, table, chunks, factor);
   });
 }
 

@@ -4,6 +4,8 @@
 // A slot, a sum or a norm is NaN exactly when an element behind it is not finite.
 // Deterministic: fixed order everywhere; slots and sums are added in double.
 
+#include <cooperative_groups.h>
+
 #include "launch.cuh"
 
 namespace gradacc::cuda {
@@ -45,9 +47,13 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant
 }
 
 constexpr int kMaxSlotLists = kMaxCapacity;
-constexpr int64_t kShortListSlots = 32;  // of each tensor
-// One block reads all slots of a tensor, so it must have many loads in flight.
 constexpr int kReduceThreads = 1024;
+constexpr int kMaxCluster = 8;  // blocks; what every device with clusters allows
+constexpr int kInFlight = 8;    // loads of a thread
+// Longest lists of slots that so many threads a tensor read well.
+constexpr int64_t kSlotsOf8Threads = 32;
+constexpr int64_t kSlotsOfWarp = 4096;
+constexpr int64_t kSlotsOfBlock = 4 * kInFlight * kReduceThreads;
 
 struct SlotLists {
   Slots items[kMaxSlotLists];
@@ -64,18 +70,19 @@ __device__ double part_of_sum(const float* values, int64_t count, int thread, in
   const int64_t after = before + n_vecs * kFloats;
   double sum = 0.;
   if (thread < before) sum += values[thread];
-#pragma unroll 8
-  for (int64_t i = thread; i < n_vecs; i += threads) {
-    const float4 v = vecs[i];
-    sum += static_cast<double>(v.x) + v.y + (static_cast<double>(v.z) + v.w);
-  }
   if (thread < count - after) sum += values[after + thread];
+  for (int64_t begin = thread; begin < n_vecs; begin += kInFlight * threads) {
+    float4 v[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int64_t index = begin + i * threads;
+      v[i] = index < n_vecs ? vecs[index] : make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i)
+      sum += static_cast<double>(v[i].x) + v[i].y + (static_cast<double>(v[i].z) + v[i].w);
+  }
   return sum;
-}
-
-// The sum of count values, in double; valid in thread 0.
-__device__ double reduce(const float* values, int64_t count) {
-  return block_sum<kReduceThreads>(part_of_sum(values, count, threadIdx.x, kReduceThreads));
 }
 
 __device__ void write_norm(double sum, float* norm, float* found_inf) {
@@ -83,45 +90,86 @@ __device__ void write_norm(double sum, float* norm, float* found_inf) {
   *found_inf = isnan(sum) ? 1.f : 0.f;
 }
 
-// One block a tensor.
-__global__ void __launch_bounds__(kReduceThreads)
-    reduce_kernel(const __grid_constant__ SlotLists lists, float* sums) {
-  const Slots& item = lists.items[blockIdx.x];
-  wait_for_former();
-  const double sum = reduce(item.partials, item.count);
-  if (threadIdx.x == 0) sums[blockIdx.x] = static_cast<float>(sum);
+__device__ int cluster_size() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return static_cast<int>(cooperative_groups::this_cluster().num_blocks());
+#else
+  return 1;
+#endif
 }
 
-// One block for all tensors of a short list, kGroup threads for each in turn, and the norm with
-// them.
-__global__ void __launch_bounds__(kReduceThreads)
-    short_list_kernel(const __grid_constant__ SlotLists lists, int count, float* sums, float* norm,
-                      float* found_inf) {
-  constexpr int kGroup = 8;
+// Sum over a cluster of what thread 0 of each block has; valid in that of its first block.
+__device__ double cluster_sum(double value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  __shared__ double blocks[kMaxCluster];
+  const auto cluster = cooperative_groups::this_cluster();
+  if (cluster.num_blocks() == 1) return value;
+  cluster.sync();  // the first block has begun
+  if (threadIdx.x == 0) *cluster.map_shared_rank(&blocks[cluster.block_rank()], 0) = value;
+  cluster.sync();
+  if (cluster.block_rank() == 0 && threadIdx.x == 0) {
+    value = blocks[0];
+    for (unsigned b = 1; b < cluster.num_blocks(); ++b) value += blocks[b];
+  }
+#endif
+  return value;
+}
+
+// kGroup threads of a warp for each tensor, in turn. With `norm` the grid is one block or cluster.
+template <int kGroup>
+__global__ void __launch_bounds__(kReduceThreads, 1)
+    reduce_short_kernel(const __grid_constant__ SlotLists lists, int count, float* sums,
+                        float* norm, float* found_inf) {
+  constexpr int kGroups = kReduceThreads / kGroup;  // of a block
   const int lane = threadIdx.x % kGroup;
   wait_for_former();
   double total = 0.;
-  for (int i = threadIdx.x / kGroup; i - threadIdx.x / kGroup < count;
-       i += kReduceThreads / kGroup) {
-    const bool is_one = i < count;  // all threads of a warp take part in the shuffles
+  // All threads of a warp take part in each round, because the shuffles need them.
+  for (int round = blockIdx.x * kGroups; round < count; round += gridDim.x * kGroups) {
+    const int i = round + threadIdx.x / kGroup;
     double sum =
-        is_one ? part_of_sum(lists.items[i].partials, lists.items[i].count, lane, kGroup) : 0.;
+        i < count ? part_of_sum(lists.items[i].partials, lists.items[i].count, lane, kGroup) : 0.;
     for (int offset = kGroup / 2; offset > 0; offset /= 2)
       sum += __shfl_down_sync(0xffffffffu, sum, offset, kGroup);
-    if (is_one && lane == 0) {
+    if (i < count && lane == 0) {
       sums[i] = static_cast<float>(sum);
       total += sums[i];
     }
   }
-  total = block_sum<kReduceThreads>(total);
-  if (threadIdx.x == 0) write_norm(total, norm, found_inf);
+  if (!norm) return;
+  total = cluster_sum(block_sum<kReduceThreads>(total));
+  if (blockIdx.x == 0 && threadIdx.x == 0) write_norm(total, norm, found_inf);
 }
 
-__global__ void __launch_bounds__(kReduceThreads)
+// A cluster for each tensor. With `norm` there is only one.
+__global__ void __launch_bounds__(kReduceThreads, 1)
+    reduce_long_kernel(const __grid_constant__ SlotLists lists, float* sums, float* norm,
+                       float* found_inf) {
+  const int blocks = cluster_size();
+  const int i = blockIdx.x / blocks;
+  const int rank = blockIdx.x % blocks;
+  wait_for_former();
+  const double part = part_of_sum(lists.items[i].partials, lists.items[i].count,
+                                  rank * kReduceThreads + threadIdx.x, blocks * kReduceThreads);
+  const double sum = cluster_sum(block_sum<kReduceThreads>(part));
+  if (rank > 0 || threadIdx.x > 0) return;
+  sums[i] = static_cast<float>(sum);
+  if (norm) write_norm(sums[i], norm, found_inf);
+}
+
+__global__ void __launch_bounds__(kReduceThreads, 1)
     norm_kernel(const float* sums, int64_t count, float* norm, float* found_inf) {
   wait_for_former();
-  const double sum = reduce(sums, count);
+  const double sum =
+      block_sum<kReduceThreads>(part_of_sum(sums, count, threadIdx.x, kReduceThreads));
   if (threadIdx.x == 0) write_norm(sum, norm, found_inf);
+}
+
+// The smallest power of two of blocks of which each has work enough, on a device that has clusters.
+int blocks_of_tensor(int64_t slots) {
+  int blocks = 1;
+  while (has_clusters() && blocks < kMaxCluster && slots > blocks * kSlotsOfBlock) blocks *= 2;
+  return blocks;
 }
 
 }  // namespace
@@ -129,7 +177,7 @@ __global__ void __launch_bounds__(kReduceThreads)
 int sum_of_squares(const Squares* items, int64_t count, Stream stream) {
   return launch_list(items, count, [&](const auto& table, int32_t chunks) {
     using List = std::decay_t<decltype(table)>;
-    return launch_early(squares_kernel<List>, chunks, kThreads, stream, table);
+    return launch_early(squares_kernel<List>, {chunks, kThreads}, stream, table);
   });
 }
 
@@ -137,19 +185,36 @@ int reduce(const Slots* items, int64_t count, float* sums, float* norm, float* f
            Stream stream) {
   int64_t longest = 0;
   for (int64_t i = 0; i < count; ++i) longest = std::max(longest, items[i].count);
-  const bool is_short = count <= kMaxSlotLists && longest <= kShortListSlots;
+  const bool is_short = longest <= kSlotsOfWarp;
+  const int group = longest <= kSlotsOf8Threads ? 8 : kWarpSize;
+  const int cluster = blocks_of_tensor(longest);
+  const auto blocks_of = [&](int64_t n) {
+    return static_cast<int>((n * group - 1) / kReduceThreads + 1);
+  };
+  // Whether one block, or one cluster, serves all tensors: it computes the norm as well. 8 threads
+  // a tensor are a block's work.
+  const bool is_one =
+      count > 0 && count <= kMaxSlotLists && (is_short ? group == 8 || has_clusters() : count == 1);
   for (int64_t begin = 0; begin < count; begin += kMaxSlotLists) {
     SlotLists lists;
     const int n = static_cast<int>(std::min<int64_t>(count - begin, kMaxSlotLists));
     std::copy(items + begin, items + begin + n, lists.items);
-    const cudaError_t error =
-        is_short ? launch_early(short_list_kernel, 1, kReduceThreads, stream, lists, n, sums, norm,
-                                found_inf)
-                 : launch_early(reduce_kernel, n, kReduceThreads, stream, lists, sums + begin);
+    float* const norm_here = is_one ? norm : nullptr;
+    cudaError_t error;
+    if (is_short) {
+      const int most = group == 8 ? 1 : kMaxCluster;
+      const int blocks = is_one ? std::min(blocks_of(n), most) : blocks_of(n);
+      error = launch_early(group == 8 ? reduce_short_kernel<8> : reduce_short_kernel<kWarpSize>,
+                           {blocks, kReduceThreads, is_one ? blocks : 1}, stream, lists, n,
+                           sums + begin, norm_here, found_inf);
+    } else {
+      error = launch_early(reduce_long_kernel, {n * cluster, kReduceThreads, cluster}, stream,
+                           lists, sums + begin, norm_here, found_inf);
+    }
     if (error != cudaSuccess) return error;
   }
-  if (is_short && count > 0) return cudaSuccess;
-  return launch_early(norm_kernel, 1, kReduceThreads, stream, sums, count, norm, found_inf);
+  if (is_one) return cudaSuccess;
+  return launch_early(norm_kernel, {1, kReduceThreads}, stream, sums, count, norm, found_inf);
 }
 
 }  // namespace gradacc::cuda
