@@ -100,7 +100,7 @@ def cases() -> list[Case]:
                 ),
                 numel=numel,
             )
-    add("grad_stats of main gradients, cuda", 4, lambda: ops.grad_stats([main]), kernels=3)
+    add("grad_stats of main gradients, cuda", 4, lambda: ops.grad_stats([main]), kernels=2)
     add("scale_, cuda", 8, lambda: ops.scale_([main], factor))
     add("torch: main.add_(bf16)", 10, lambda: main.add_(grad))
     # In place of copy_, which is no kernel, and so is not seen.

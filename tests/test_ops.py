@@ -680,17 +680,17 @@ def test_found_inf_in_any_tensor_of_a_list(backend, value):
 
 # Slots of the tensors of a list, on both sides of where the CUDA kernels' launches change.
 SLOT_LISTS = {
-    "few": [1, 32, 0, 5, 31] * 30,
-    "a warp each": [33, 1, 4096, 130, 7],
-    "in several rounds": [4093, 33] * 150,
+    "few": [1, 256, 0, 5, 255] * 30,
+    "a warp each": [257, 1, 1024, 130, 7],
+    "in several rounds": [1021, 33] * 150,
     "one": [1],
-    "one of a warp": [4096],
-    "one of a block": [4097],
-    "one of two blocks": [32 * 1024 + 1],
+    "one of a warp": [1024],
+    "one of a block": [1025],
+    "one of two blocks": [16 * 1024 + 1],
     "one of a cluster": [300_001],
-    "long ones": [70_003, 3, 4097, 0, 33],
+    "long ones": [70_003, 3, 1025, 0, 33],
     "more than a table": [3, 1, 2] * 220,
-    "more than a table, of warps": [40, 1, 2] * 220,
+    "more than a table, of warps": [300, 1, 2] * 220,
     "more than a table, long": [5000] + [1] * 700,
 }
 

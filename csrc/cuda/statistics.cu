@@ -47,13 +47,14 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant
 }
 
 constexpr int kMaxSlotLists = kMaxCapacity;
-constexpr int kReduceThreads = 1024;
-constexpr int kMaxCluster = 8;  // blocks; what every device with clusters allows
-constexpr int kInFlight = 8;    // loads of a thread
-// Longest lists of slots that so many threads a tensor read well.
-constexpr int64_t kSlotsOf8Threads = 32;
-constexpr int64_t kSlotsOfWarp = 4096;
-constexpr int64_t kSlotsOfBlock = 4 * kInFlight * kReduceThreads;
+constexpr int kReduceThreads = 1024;  // of a block that serves several tensors
+constexpr int kLongThreads = 256;     // of one that serves one, or a part of one
+constexpr int kMaxCluster = 8;        // blocks; what every device with clusters allows
+constexpr int kFloats = sizeof(float4) / sizeof(float);
+constexpr int kInFlight = 8;  // vectors whose loads are issued before the first is used
+
+// What so many threads have in flight.
+constexpr int64_t slots_at_once(int threads) { return int64_t{threads} * kInFlight * kFloats; }
 
 struct SlotLists {
   Slots items[kMaxSlotLists];
@@ -62,7 +63,6 @@ struct SlotLists {
 // What one of `threads` threads has of the sum of count values, in double. Those between the first
 // and the last aligned address are read as vectors.
 __device__ double part_of_sum(const float* values, int64_t count, int thread, int threads) {
-  constexpr int kFloats = sizeof(float4) / sizeof(float);
   const int64_t misaligned = reinterpret_cast<uintptr_t>(values) / sizeof(float) % kFloats;
   const int64_t before = min(count, (kFloats - misaligned) % kFloats);
   const auto* vecs = reinterpret_cast<const float4*>(values + before);
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
 }
 
 // A cluster for each tensor. With `norm` there is only one.
-__global__ void __launch_bounds__(kReduceThreads, 1)
+__global__ void __launch_bounds__(kLongThreads)
     reduce_long_kernel(const __grid_constant__ SlotLists lists, float* sums, float* norm,
                        float* found_inf) {
   const int blocks = cluster_size();
@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
   const int rank = blockIdx.x % blocks;
   wait_for_former();
   const double part = part_of_sum(lists.items[i].partials, lists.items[i].count,
-                                  rank * kReduceThreads + threadIdx.x, blocks * kReduceThreads);
-  const double sum = cluster_sum(block_sum<kReduceThreads>(part));
+                                  rank * kLongThreads + threadIdx.x, blocks * kLongThreads);
+  const double sum = cluster_sum(block_sum<kLongThreads>(part));
   if (rank > 0 || threadIdx.x > 0) return;
   sums[i] = static_cast<float>(sum);
   if (norm) write_norm(sums[i], norm, found_inf);
@@ -165,10 +165,12 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
   if (threadIdx.x == 0) write_norm(sum, norm, found_inf);
 }
 
-// The smallest power of two of blocks of which each has work enough, on a device that has clusters.
+// A power of two of blocks for each tensor, of which the longest gives each two rounds of loads, on
+// a device that has clusters.
 int blocks_of_tensor(int64_t slots) {
   int blocks = 1;
-  while (has_clusters() && blocks < kMaxCluster && slots > blocks * kSlotsOfBlock) blocks *= 2;
+  while (has_clusters() && blocks < kMaxCluster && slots > 2 * blocks * slots_at_once(kLongThreads))
+    blocks *= 2;
   return blocks;
 }
 
@@ -185,8 +187,8 @@ int reduce(const Slots* items, int64_t count, float* sums, float* norm, float* f
            Stream stream) {
   int64_t longest = 0;
   for (int64_t i = 0; i < count; ++i) longest = std::max(longest, items[i].count);
-  const bool is_short = longest <= kSlotsOfWarp;
-  const int group = longest <= kSlotsOf8Threads ? 8 : kWarpSize;
+  const bool is_short = longest <= slots_at_once(kWarpSize);
+  const int group = longest <= slots_at_once(8) ? 8 : kWarpSize;
   const int cluster = blocks_of_tensor(longest);
   const auto blocks_of = [&](int64_t n) {
     return static_cast<int>((n * group - 1) / kReduceThreads + 1);
@@ -208,8 +210,8 @@ int reduce(const Slots* items, int64_t count, float* sums, float* norm, float* f
                            {blocks, kReduceThreads, is_one ? blocks : 1}, stream, lists, n,
                            sums + begin, norm_here, found_inf);
     } else {
-      error = launch_early(reduce_long_kernel, {n * cluster, kReduceThreads, cluster}, stream,
-                           lists, sums + begin, norm_here, found_inf);
+      error = launch_early(reduce_long_kernel, {n * cluster, kLongThreads, cluster}, stream, lists,
+                           sums + begin, norm_here, found_inf);
     }
     if (error != cudaSuccess) return error;
   }
