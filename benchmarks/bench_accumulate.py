@@ -1,6 +1,6 @@
 """The kernels and their peers: main += scale * grad, from 16-bit gradients into fp32, one tensor.
 
-    python benchmarks/bench_accumulate.py --json benchmarks/results/accumulate_h100.json
+    python benchmarks/bench_accumulate.py --json benchmarks/results/accumulate_h200.json
 
 Every way is checked against float64 arithmetic before it is timed, with cold caches, and with the
 gradient just written (see accumulate_ways.py). GB/s come from the bytes that a way has to move, and
@@ -89,8 +89,28 @@ def run_case(
     return rows_of(name, case, ways, caches, dtype, failures)
 
 
+def cpu_targets_of(rows: Sequence[dict]) -> list[dict]:
+    """Returns the targets of the CPU kernel on one tensor of 2^24 elements."""
+    headline, peer = "accumulate_ + grad_stats", "main.add_(grad)"
+
+    def row(name: str, backend: str = "torch", dtype: str = "bf16"):
+        return targets.find(rows, name=name, backend=backend, dtype=dtype, case="2^24")
+
+    ours, same = row(headline, "cpu"), row("main.add_(fp32 grad)", dtype="fp32")
+    return [
+        targets.target(
+            f"{headline}: bandwidth / main.add_(fp32 grad)'s",
+            targets.ratio(ours, same, "gb_per_s"),
+            0.8,
+        ),
+        targets.target(f"{peer} / {headline}: time", targets.ratio(row(peer), ours, "p50_us"), 7),
+    ]
+
+
 def targets_of(rows: Sequence[dict]) -> list[dict]:
     """Returns the targets of the kernels on one tensor, of 2^28 elements unless named."""
+    if any(row["backend"] == "cpu" for row in rows):
+        return cpu_targets_of(rows)
 
     def row(name: str, backend: str = "cuda", dtype: str = "bf16", case: str = "2^28"):
         return targets.find(rows, name=name, backend=backend, dtype=dtype, case=case)

@@ -1,6 +1,6 @@
 """What a gradient's hook costs: host microseconds a parameter, and how long the GPU idles for it.
 
-    python benchmarks/bench_hook.py --json benchmarks/results/hook_h100.json
+    python benchmarks/bench_hook.py --json benchmarks/results/hook_h200.json
 
 Backward of ``flat = torch.cat([p.view(-1) for p in params])`` hands every parameter a view of one
 given gradient, which autograd stores where ``.grad`` is None, without a copy: a backward without a

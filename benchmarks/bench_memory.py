@@ -1,6 +1,6 @@
 """Bytes of device memory that training holds for each parameter, and its peaks over that.
 
-    python benchmarks/bench_memory.py --json benchmarks/results/memory_h100.json
+    python benchmarks/bench_memory.py --json benchmarks/results/memory_h200.json
 
 A stack of linear layers of 201M parameters, trained by AdamW on so few tokens that activations are
 negligible. Held: what is allocated between two micro-batches of the third window, when optimizer

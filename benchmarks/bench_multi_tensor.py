@@ -1,6 +1,6 @@
 """The kernels on lists of tensors, and their peers: main += scale * grad for each pair of a list.
 
-    python benchmarks/bench_multi_tensor.py --json benchmarks/results/multi_tensor_h100.json
+    python benchmarks/bench_multi_tensor.py --json benchmarks/results/multi_tensor_h200.json
 
 The lists are those of shapes.py. As bench_accumulate.py otherwise: checked against float64, cold
 caches, and for lists that fit into L2 also with the gradients just written (by one kernel for all).

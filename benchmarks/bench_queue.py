@@ -1,6 +1,6 @@
 """The sweep behind which gradients are added when they arrive, and which wait for a common launch.
 
-    python benchmarks/bench_queue.py --json benchmarks/results/queue_h100.json
+    python benchmarks/bench_queue.py --json benchmarks/results/queue_h200.json
 
 A gradient of at least QUEUE_BELOW bytes is added by a launch of its own, while L2 may still hold
 it; smaller ones wait until there are QUEUE_BYTES of them, or backward ends. Whole models bring

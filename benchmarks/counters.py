@@ -1,6 +1,6 @@
 """What bounds the elementwise kernels, by the GPU's counters: Nsight Compute over one call of each.
 
-    python benchmarks/counters.py --json benchmarks/results/counters_h100.json
+    python benchmarks/counters.py --json benchmarks/results/counters_h200.json
 
 Memory traffic against the bytes that the work has to move, sectors a request (a warp's 16-byte
 accesses to contiguous memory take 16), and how many of a processor's warps are there. Clocks are
