@@ -22,6 +22,7 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end generated -->
     memory DEVICE             bytes a parameter: memory_DEVICE.json, and memory_peers.py
     hook DEVICE               host time of a gradient's hook: hook_DEVICE.json
     queue DEVICE              adding at once or waiting for a common launch: queue_DEVICE.json
+    counters DEVICE           what bounds the elementwise kernels: counters_DEVICE.json
     master_params DEVICE      losses with float32 masters: master_params_DEVICE.json
 """
 

@@ -24,6 +24,7 @@ from gradacc_kernels.window_cast import WindowCast
 
 _HALVES = (torch.float16, torch.bfloat16)
 _SUPPORTED = (*_HALVES, torch.float32)
+_QUEUE_LENGTH = 640  # gradients of one launch, as in csrc/autograd/hook.cpp
 # Where an AccumulateGrad node's own dictionary tells whose hook it has.
 _NODE_KEY = "gradacc_kernels"
 
@@ -689,7 +690,7 @@ class PythonHooks:
         param.queue, param.batch = weakref.ref(queue), queue.batch
         queue.entries.append(entry)
         queue.nbytes += grad.nbytes
-        if queue.nbytes >= self._queue_bytes:
+        if queue.nbytes >= self._queue_bytes or len(queue.entries) == _QUEUE_LENGTH:
             self._flush(queue)
 
     def _flush(self, queue: _Queue) -> None:

@@ -68,7 +68,8 @@ void check_not_reduced(const at::Tensor& param);
 //   another tensor             main = .grad, .grad = the view, then adds
 //
 // with s = scale * inv_scale. A gradient of at least `queue_below` bytes is added when it arrives;
-// smaller ones wait for a launch of their own, at `queue_bytes` and at the end of backward.
+// smaller ones wait for a launch of their own, at `queue_bytes`, when a launch's table is full, and
+// at the end of backward.
 //
 // Autograd sums several uses of a parameter before a hook sees them. 16-bit ones are delivered, and
 // so summed, in float32 as soon as a backward has shown that there are several.

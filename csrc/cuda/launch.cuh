@@ -58,16 +58,20 @@ __device__ inline void wait_for_former() {
 #endif
 }
 
-// Whether the current device has clusters of blocks, and can schedule a kernel while the one before
-// it ends: Hopper and later.
-inline bool has_clusters() {
+// Whether a kernel can have clusters of blocks, and be scheduled while the one before it ends: on
+// Hopper and later, as it was compiled for the current device. The kernels of one build are alike.
+template <typename Kernel>
+bool has_clusters(Kernel* kernel) {
   static thread_local int known_device = -1;
   static thread_local bool is_able = false;
-  int device = 0, major = 0;
+  int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   if (device != known_device) {
-    const auto error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    is_able = error == cudaSuccess && major >= 9;
+    cudaFuncAttributes attributes{};
+    const auto error = cudaFuncGetAttributes(&attributes, kernel);
+    // Of older PTX the driver makes a kernel for this device in which both are missing.
+    is_able =
+        error == cudaSuccess && std::min(attributes.ptxVersion, attributes.binaryVersion) >= 90;
     known_device = device;
   }
   return is_able;
@@ -76,7 +80,7 @@ inline bool has_clusters() {
 struct Grid {
   int blocks;
   int threads;
-  int cluster = 1;  // blocks of one cluster; more than 1 where has_clusters()
+  int cluster = 1;  // blocks of one cluster; more than 1 where it has_clusters()
 };
 
 template <typename T>
@@ -84,7 +88,7 @@ struct Same {
   using type = T;
 };
 
-// Launches a kernel whose blocks may be scheduled while those of the kernel before it end, where
+// Launches a kernel whose blocks may be scheduled while those of the kernel before it end, where it
 // has_clusters(): its launch costs no time between the two. It must call wait_for_former before it
 // touches memory.
 template <typename... Params>
@@ -101,7 +105,7 @@ cudaError_t launch_early(void (*kernel)(Params...), const Grid& grid, Stream str
   config.blockDim = dim3(grid.threads);
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = !has_clusters() ? 0 : grid.cluster > 1 ? 2 : 1;
+  config.numAttrs = !has_clusters(kernel) ? 0 : grid.cluster > 1 ? 2 : 1;
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&params))...};
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
 }

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant
 constexpr int kMaxSlotLists = kMaxCapacity;
 constexpr int kReduceThreads = 1024;  // of a block that serves several tensors
 constexpr int kLongThreads = 256;     // of one that serves one, or a part of one
-constexpr int kMaxCluster = 8;        // blocks; what every device with clusters allows
+constexpr int kMaxCluster = 8;        // blocks; the portable size
 constexpr int kFloats = sizeof(float4) / sizeof(float);
 constexpr int kInFlight = 8;  // vectors whose loads are issued before the first is used
 
@@ -165,11 +165,11 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
   if (threadIdx.x == 0) write_norm(sum, norm, found_inf);
 }
 
-// A power of two of blocks for each tensor, of which the longest gives each two rounds of loads, on
-// a device that has clusters.
+// A power of two of blocks for each tensor, of which the longest gives each two rounds of loads.
 int blocks_of_tensor(int64_t slots) {
   int blocks = 1;
-  while (has_clusters() && blocks < kMaxCluster && slots > 2 * blocks * slots_at_once(kLongThreads))
+  while (has_clusters(reduce_long_kernel) && blocks < kMaxCluster &&
+         slots > 2 * blocks * slots_at_once(kLongThreads))
     blocks *= 2;
   return blocks;
 }
@@ -195,8 +195,8 @@ int reduce(const Slots* items, int64_t count, float* sums, float* norm, float* f
   };
   // Whether one block, or one cluster, serves all tensors: it computes the norm as well. 8 threads
   // a tensor are a block's work.
-  const bool is_one =
-      count > 0 && count <= kMaxSlotLists && (is_short ? group == 8 || has_clusters() : count == 1);
+  const bool is_one = count > 0 && count <= kMaxSlotLists &&
+                      (is_short ? group == 8 || has_clusters(reduce_long_kernel) : count == 1);
   for (int64_t begin = 0; begin < count; begin += kMaxSlotLists) {
     SlotLists lists;
     const int n = static_cast<int>(std::min<int64_t>(count - begin, kMaxSlotLists));
