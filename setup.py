@@ -31,6 +31,7 @@ except ImportError as error:
 CPU_SOURCES = [
     "csrc/autograd/fused_embedding.cpp",
     "csrc/autograd/fused_weight.cpp",
+    "csrc/autograd/buckets.cpp",
     "csrc/autograd/hook.cpp",
     "csrc/autograd/node.cpp",
     "csrc/autograd/shared_input.cpp",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -117,6 +117,34 @@ class Accumulator:
         attachment.refresh()
         window_state.load(attachment, state)
 
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """A context whose backwards add to the window without reducing it over the ranks.
+
+        For all micro-batches but the last one of a window, with ``attach(process_group=...)``;
+        without a process group it changes nothing.
+        """
+        attachment = self._attachment
+        if attachment.reduction is None:
+            yield
+            return
+        was_on = attachment.reduction.is_on
+        attachment.set_reducing(False)
+        try:
+            yield
+        finally:
+            attachment.set_reducing(was_on)
+
+    def reduce(self) -> None:
+        """Averages ``.grad`` over the ranks now, unless the last backward of the window has.
+
+        Every rank must call it, or none. :meth:`step`, :meth:`average_`, clipping and
+        ``gk.GradScaler`` do so by themselves. Without a process group it changes nothing.
+        """
+        attachment = self._attachment
+        attachment.window.check_closed("reduce")
+        attachment.ensure_reduced()
+
     def detach(self) -> None:
         """Restores stock behaviour; calling it again changes nothing.
 
@@ -200,10 +228,16 @@ class Accumulator:
 
     @property
     def weight(self) -> Tensor:
-        """The sum of the weights of this window: a copy, 0-dim float64, on the device."""
+        """The sum of the weights of this window: a copy, 0-dim float64, on the device.
+
+        Once the window is reduced over the ranks of a process group, that over all of them.
+        """
         window = self._attachment.window
         window.follow()
-        return window.weight.clone()
+        reducer = self._attachment.reducer
+        if reducer is None or not self._attachment.groups[0].hooks.is_reduced():
+            return window.weight.clone()
+        return window.weight * reducer.world_size  # it is the mean of the ranks
 
     def average_(self) -> None:
         """Divides ``.grad`` by the weight of the window: grad = grad / sum of weights.
@@ -236,6 +270,8 @@ class Accumulator:
             return torch.nn.utils.clip_grad_norm_(
                 self._attachment.params.values(), max_norm, norm_type, error_if_nonfinite
             )
+        window.check_closed("clip_grad_norm_")
+        self._attachment.ensure_reduced()
         norm = window.norm(from_slots=True)
         if error_if_nonfinite and not norm.isfinite():
             raise RuntimeError(
@@ -343,7 +379,9 @@ class Accumulator:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory held for main gradients and their statistics."""
-        return sum(group.buffer.nbytes for group in self._attachment.groups)
+        attachment = self._attachment
+        beside = 0 if attachment.reducer is None else attachment.reducer.nbytes
+        return beside + sum(group.buffer.nbytes for group in attachment.groups)
 
     def __enter__(self) -> Accumulator:
         """Returns itself."""

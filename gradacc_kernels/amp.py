@@ -76,6 +76,7 @@ class GradScaler(torch.amp.GradScaler):
         if state["stage"] is OptState.READY:
             others = [p for p in params if id(p) not in covered]
             state["others"] = self._unscale_others(others)
+        attachment.ensure_reduced()
         own = measure(attachment, from_slots=True, params=params).found_inf
         verdicts = [own.to(self._scale.device, non_blocking=True), *state["others"]]
         found_inf = torch.stack(verdicts).amax()

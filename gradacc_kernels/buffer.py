@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ class FlatBuffer:
             is not dense), each a tensor of its own over flat's memory.
         partials: 1-D, the statistics slots of all parameters.
         slots: the part of partials that belongs to each parameter.
+        ends: where each view ends in flat, with the gap after it.
     """
 
     def __init__(self, params: Sequence[Tensor], dtype: torch.dtype):
@@ -71,6 +73,7 @@ class FlatBuffer:
         counts = [checks.num_chunks(param.numel()) for param in params]
         self.partials = torch.zeros(sum(counts), dtype=dtype, device=device)
         self.slots = list(self.partials.split(counts))
+        self.ends = list(accumulate(padded(param.numel(), dtype) for param in params))
 
     @property
     def nbytes(self) -> int:

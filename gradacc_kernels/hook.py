@@ -21,7 +21,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from gradacc_kernels import checks, dispatch, fused, optimizers, python_fused, window
+from gradacc_kernels import (
+    checks,
+    dispatch,
+    distributed,
+    fused,
+    optimizers,
+    python_fused,
+    window,
+)
 from gradacc_kernels.accumulator import Accumulator, human
 from gradacc_kernels.buffer import FlatBuffer
 from gradacc_kernels.python_hook import PythonHooks, check_not_reduced
@@ -67,14 +75,24 @@ def _is_covered(param: Tensor) -> bool:
     return _find(param)[0] is not None
 
 
-def _is_pending(param: Tensor) -> bool:
+def _why_pending(param: Tensor) -> str | None:
     group, _ = _find(param)
     attachment = group.owner() if group is not None else None
-    return (
-        attachment is not None
-        and attachment.window in window.pending
-        and (attachment.window.is_pending)
-    )
+    if attachment is None:
+        return None
+    if attachment.window in window.shared and not group.hooks.is_reduced():
+        return (
+            "the gradients of this window were not reduced over the ranks, as its last backward "
+            "was inside of no_sync(), or there was none: call Accumulator.step(optimizer), or "
+            "Accumulator.reduce() before optimizer.step()"
+        )
+    if attachment.window in window.pending and attachment.window.is_pending:
+        return (
+            "the gradients are the weighted sum of this window's micro-batches, and were not "
+            "divided by its weight yet: call Accumulator.step(optimizer), or "
+            "Accumulator.average_() before optimizer.step(), or at the end of its closure"
+        )
+    return None
 
 
 def _end_windows(params: list[Tensor]) -> None:
@@ -82,6 +100,7 @@ def _end_windows(params: list[Tensor]) -> None:
     for attachment in owners - {None}:
         for group in attachment.groups:
             group.hooks.end_window()
+        attachment.end_reduced_window()
 
 
 class _Group:
@@ -98,6 +117,7 @@ class _Group:
     ):
         self.names = names
         self.owner = weakref.ref(owner)
+        self.nonfinite = owner.nonfinite
         self.backend = backend
         self.device = params[0].device
         self.dtype = main_dtype(params[0])
@@ -152,8 +172,11 @@ class _Attachment:
         root: torch.nn.Module | None,
         n_frozen: int,
         nonfinite: str,
+        reduction: distributed.Reduction | None,
     ):
         self.nonfinite = nonfinite
+        self.reduction = reduction
+        self.reducer: distributed.Reducer | None = None
         self.scale = scale
         self.requested_backend = backend
         self.fuse = fuse
@@ -172,6 +195,8 @@ class _Attachment:
         self.watch = None
         self.install(params, self.make_groups(params))
         self.window = window.Window(self, nonfinite)
+        if reduction is not None:
+            window.shared.add(self.window)
 
     def members(self) -> Iterator[tuple[_Group, int, str, Tensor]]:
         """Yields each covered parameter with its group, its index there and its name."""
@@ -207,9 +232,44 @@ class _Attachment:
                 groups[-1].hooks.use_inv_scale()
             if self.nonfinite == "skip_micro_batch":
                 groups[-1].hooks.hold()
-            if self.nonfinite in ("skip_micro_batch", "raise"):
+            if self.nonfinite in ("skip_micro_batch", "raise") or self.reduction is not None:
                 groups[-1].hooks.call_at_end(_end_of_backward(weakref.ref(self)))
+        if self.reduction is not None:
+            self.reduction.check(groups)
         return groups
+
+    # The reduction over ranks
+
+    def set_reducing(self, is_reducing: bool) -> None:
+        """Tells whether backwards from now on reduce."""
+        self.reduction.is_on = is_reducing
+        for group in self.groups:
+            group.hooks.set_reducing(is_reducing, self.reduction.steps)
+
+    def end_backward_reduction(self) -> None:
+        """Ends the reduction of a backward that reduces, and waits for it on the current stream."""
+        if self.reducer is not None and self.groups[0].hooks.is_reducing():
+            self.reduce()
+
+    def ensure_reduced(self) -> None:
+        """Reduces what the last backward of a window has not: on every rank, or on none."""
+        if self.reducer is None or not self.groups:
+            return
+        if not (self.reducer.has_reduced and self.groups[0].hooks.is_reduced()):
+            self.reduce()
+
+    def reduce(self) -> None:
+        """Reduces the window as it is, or what is left of it."""
+        hooks = self.groups[0].hooks
+        hooks.launch_rest()
+        self.reducer.wait()
+        hooks.end_reduction()
+        self.window.end_reduction(self.reducer)
+
+    def end_reduced_window(self) -> None:
+        """Has the next window be reduced, whether or not a gradient arrives here."""
+        if self.reducer is not None:
+            self.reducer.has_reduced = False
 
     def micro_batches(self) -> int:
         """The most backwards that have added to the window of a parameter."""
@@ -247,6 +307,9 @@ class _Attachment:
                 param.grad_dtype = group.dtype if uses[id(param)] > 1 else None
                 if grad is not None:
                     param.grad = grad if param.grad_dtype is None else grad.to(group.dtype)
+        if self.reduction is not None:
+            self.reducer = self.reduction.reducer_of(groups[0], self.reducer)
+            self.set_reducing(self.reduction.is_on)
         for group in groups:
             group.hooks.refresh()
         self.watch = _watch(root, self.aliases)
@@ -513,6 +576,10 @@ def attach(
     backend: str = "auto",
     fuse: str | bool = "auto",
     nonfinite: str = "skip_window",
+    process_group: Any = None,
+    steps: int | None = None,
+    reduce_dtype: torch.dtype | None = None,
+    bucket_bytes: int = distributed.BUCKET_BYTES,
 ) -> Accumulator:
     """Makes backward accumulate into float32 main gradients: main = fma(grad, s, main).
 
@@ -559,6 +626,16 @@ def attach(
             step raises FloatingPointError with the parameters and the micro-batch; statistics are
             read after every backward for it. ``"ignore"``: step steps. A stock ``optimizer.step()``
             steps in each of them.
+        process_group: a ``torch.distributed.ProcessGroup`` over whose ranks ``.grad`` is averaged
+            once a window, in place and while backward runs; by the total weight of a window with
+            weights. Every backward outside of :meth:`Accumulator.no_sync` reduces. Parameters and
+            buffers are set to those of its first rank. Parameters of one device, none of them
+            float64. A parameter that has a gradient on no rank gets zeros.
+        steps: every so many backwards of a window the gradients are reduced, in place of
+            ``no_sync()``. The same on every rank.
+        reduce_dtype: in which gradients travel and are summed: None for float32. Half the bytes,
+            and each rank's sum and every addition is rounded: see docs/numerics.md.
+        bucket_bytes: of float32 gradients that are reduced together.
 
     Returns:
         The :class:`Accumulator`.
@@ -616,9 +693,17 @@ def attach(
                 f"attach: parameter {name} is attached already; call detach() on its Accumulator "
                 "first"
             )
-    optimizers.watch(_is_covered, _is_pending, _end_windows)
+    reduction = distributed.reduction_of(process_group, steps, reduce_dtype, bucket_bytes)
+    if reduction is not None:
+        reduction.check_alike(params, (float(scale), nonfinite))
+    optimizers.watch(_is_covered, _why_pending, _end_windows)
     n_frozen = len(named) - len(params)
-    attachment = _Attachment(params, float(scale), backend, fuse, root, n_frozen, nonfinite)
+    attachment = _Attachment(
+        params, float(scale), backend, fuse, root, n_frozen, nonfinite, reduction
+    )
+    if reduction is not None:
+        buffers = [] if root is None else root.buffers()
+        reduction.broadcast([*named.values(), *buffers])
     if root is not None:
         attachment.follow(root)
     return Accumulator(attachment)

@@ -17,7 +17,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from gradacc_kernels.window import pending
+from gradacc_kernels.window import pending, shared
 
 HALVES = (torch.float16, torch.bfloat16)
 # Their moving average is lerp_(gradient), whose operands must be of one dtype.
@@ -60,26 +60,22 @@ def _with_closure(args: tuple, kwargs: dict, after: Callable[[], None]) -> tuple
 @functools.cache
 def watch(
     is_covered: Callable[[Tensor], bool],
-    is_pending: Callable[[Tensor], bool],
+    why_pending: Callable[[Tensor], str | None],
     end_windows: Callable[[list[Tensor]], None],
 ) -> None:
     """Has every torch optimizer look at its parameters before and after a step; once for a process.
 
     Args:
         is_covered: tells whether ``.grad`` of a parameter is a main gradient of ours.
-        is_pending: tells whether a parameter's ``.grad`` is a weighted sum that nobody has divided.
+        why_pending: tells why a parameter's ``.grad`` is not yet what is to be stepped by, or None.
         end_windows: is told of the parameters that were stepped.
     """
 
     def refuse_sum(optimizer):
-        for group in optimizer.param_groups if pending else ():
-            if any(map(is_pending, group["params"])):
-                raise RuntimeError(
-                    f"{type(optimizer).__name__}.step: the gradients are the weighted sum of this "
-                    "window's micro-batches, and were not divided by its weight yet: call "
-                    "Accumulator.step(optimizer), or Accumulator.average_() before "
-                    "optimizer.step(), or at the end of its closure"
-                )
+        for group in optimizer.param_groups if pending or shared else ():
+            reason = next(filter(None, map(why_pending, group["params"])), None)
+            if reason is not None:
+                raise RuntimeError(f"{type(optimizer).__name__}.step: {reason}")
 
     def refuse(optimizer, args, kwargs):
         followed = _with_closure(args, kwargs, functools.partial(refuse_sum, optimizer))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gradacc_kernels import checks, dispatch
+from gradacc_kernels.buckets import Buckets
 from gradacc_kernels.reference import in_layout_of
 from gradacc_kernels.window_cast import WindowCast
 
@@ -167,6 +168,13 @@ class PythonHooks:
         self._at_end: Callable[[], None] | None = None
         self._is_holding = False
         self._held: list[_Queue] = []
+        self._buckets: Buckets | None = None  # of a reduction over ranks
+        self._launch: Callable[[int, int], None] | None = None
+        self._reducing_queue: weakref.ref[_Queue] | None = None  # its end is the reduction's
+        self._wants_reduction, self._reduce_every = True, 1
+        self._is_reducing = self._is_reduced = False
+        self._reduction_stream = None
+        self._overlaps = True
 
     def refresh(self) -> bool:
         """Installs the hook where the node died or was made on another stream; restores cast views.
@@ -215,7 +223,12 @@ class PythonHooks:
             alive = hooks()
             # The owner's finaliser detaches: it must not run inside, where it would wait for us.
             owner = alive._owner() if alive is not None else None
-            return None if owner is None else (alive._consume(index, grads[0]),)
+            if owner is None:
+                return None
+            left = alive._consume(index, grads[0])
+            if alive._buckets is not None:
+                alive._arrived(index)
+            return (left,)
 
         param.node = node
         param.handle = node.register_prehook(pre_hook)
@@ -562,6 +575,12 @@ class PythonHooks:
                         "backward has ended, and those of create_graph=True cannot: attach with "
                         "nonfinite='skip_window'."
                     )
+                if self._buckets is not None:
+                    raise RuntimeError(
+                        "gradacc_kernels: gradients of create_graph=True are added by autograd, "
+                        "after the reduction over ranks has seen them last: attach without "
+                        "process_group."
+                    )
                 self._is_new_backward()
                 store = param.variable.grad is None
                 self._count(param, torch._C._current_graph_task_id(), store)
@@ -576,6 +595,7 @@ class PythonHooks:
                 return grad
             check_not_reduced(param.variable)
             self._begin_backward()
+            self._check_not_launched(index)
             if self._is_holding:
                 if _is_watched(param.variable) or torch._C._current_graph_task_id() < 0:
                     raise RuntimeError(
@@ -612,12 +632,132 @@ class PythonHooks:
         if not any(map(self._has_begun, self._params)):
             window, backwards, unweighted = window + 1, 0, 0
         self._tally = (window, backwards + 1, unweighted + (not self._is_weighted))
+        self._begin_reduction()
 
     def _begin_backward(self) -> None:
-        if self._is_new_backward():
+        is_new = self._is_new_backward()
+        if is_new:
             self._follow_uses()
-        if self._at_end is not None:
-            self._queue_under_way()
+        if self._at_end is None:
+            return
+        queue = self._queue_under_way()
+        if is_new and self._buckets is not None and self._outer_reduction() is None:
+            self._reducing_queue = weakref.ref(queue)
+
+    # The reduction over ranks
+
+    def reduce_with(
+        self, bucket_of: list[int], launch: Callable[[int, int], None], overlaps: bool
+    ) -> None:
+        """Has backwards that reduce call ``launch(first, last)`` with buckets that are final.
+
+        In order, on a stream that has waited for them. ``.grad`` of their parameters is the view
+        of main then, of zeros where there was none.
+
+        Args:
+            bucket_of: the bucket of each parameter.
+            launch: begins to reduce main gradients in place; they are its own until end_reduction.
+            overlaps: whether that may begin before backward has ended.
+        """
+        with self._lock:
+            self._buckets, self._launch, self._overlaps = Buckets(bucket_of), launch, overlaps
+
+    def set_reducing(self, is_reducing: bool, every: int) -> None:
+        """Has each every-th of the backwards of a window reduce from now on, or none."""
+        with self._lock:
+            self._wants_reduction, self._reduce_every = is_reducing, every
+
+    def is_reducing(self) -> bool:
+        """Tells whether the last backward reduces, and its reduction has not ended."""
+        with self._lock:
+            return self._is_reducing
+
+    def is_reduced(self) -> bool:
+        """Tells whether nothing was added since the window was reduced."""
+        with self._lock:
+            return self._is_reduced
+
+    def _outer_reduction(self) -> _Queue | None:
+        return None if self._reducing_queue is None else self._reducing_queue()
+
+    def _begin_reduction(self) -> None:
+        # A backward inside of one that reduces, as a reentrant checkpoint's, is a part of it.
+        if self._buckets is None or self._outer_reduction() is not None:
+            return
+        if self._buckets.has_begun:
+            raise RuntimeError(
+                "gradacc_kernels: an earlier backward has begun to reduce its gradients over the "
+                "ranks and did not end, so what the ranks hold differs: restart the processes from "
+                "a checkpoint"
+            )
+        self._is_reduced = False
+        self._is_reducing = self._wants_reduction and self._tally[1] % self._reduce_every == 0
+
+    def _check_not_launched(self, index: int) -> None:
+        if self._buckets is not None and self._buckets.is_handed_out(index):
+            raise RuntimeError(
+                f"gradacc_kernels: a parameter of shape {list(self._params[index].main.shape)} got "
+                "another gradient in a backward that was already reducing it over the ranks, as "
+                "where several reentrant checkpoints share it, or a micro_batch() has several "
+                "backwards: use checkpoint(use_reentrant=False), or run all backwards but the last "
+                "one inside of no_sync()"
+            )
+
+    def _arrived(self, index: int) -> None:
+        """Called when a parameter's AccumulateGrad node has run."""
+        with self._lock:
+            # What somebody may write to after us is reduced at the end.
+            is_late = not self._overlaps or _is_watched(self._params[index].variable)
+            if self._removed or not self._is_reducing or is_late:
+                return
+            ready = self._buckets.arrived(index)
+            self._prepare(ready)
+        self._launch_on_stream(ready)
+
+    def launch_rest(self) -> None:
+        """Launches what is left of all buckets."""
+        with self._lock:
+            if not any(map(self._has_begun, self._params)):
+                self._tally = (self._tally[0] + 1, 0, 0)
+            rest = self._buckets.rest()
+            self._prepare(rest)
+        self._launch_on_stream(rest)
+
+    @torch.no_grad()
+    def _prepare(self, buckets: range) -> None:
+        for param in (
+            self._params[i] for bucket in buckets for i in self._buckets.params_of[bucket]
+        ):
+            self._flush_queued(param)
+            if not self._adopt(param):  # the other ranks may have a gradient of it
+                param.main.zero_()
+                self._count(param, -1, True)
+            if param.variable.requires_grad:
+                self._show(param)
+            param.statistics_version = None
+
+    def _launch_on_stream(self, buckets: range) -> None:
+        if not buckets:
+            return
+        here = self._current_stream()
+        if here is None:
+            self._launch(buckets.start, buckets.stop)
+            return
+        if self._reduction_stream is None:
+            self._reduction_stream = torch.cuda.Stream(self._device)
+        self._reduction_stream.wait_stream(here)
+        with torch.cuda.stream(self._reduction_stream):
+            self._launch(buckets.start, buckets.stop)
+
+    def end_reduction(self) -> None:
+        """Called when all buckets have been reduced."""
+        with self._lock:
+            self._buckets.reset()
+            self._is_reducing, self._is_reduced = False, True
+            for param in self._params:
+                if param.variable.grad is not None:
+                    self._show(param)
+                param.statistics_version = None
 
     def _follow_uses(self) -> None:
         """Has 16-bit uses that autograd sums delivered in float32, and single ones as they come.
@@ -664,7 +804,10 @@ class PythonHooks:
             def finish(queue=queue):
                 with self._lock:
                     self._finish(queue)
-                if self._at_end is not None:
+                    outer = self._outer_reduction()
+                    if outer is queue:
+                        self._reducing_queue = None
+                if self._at_end is not None and outer in (None, queue):
                     self._at_end()
 
             torch.autograd.Variable._execution_engine.queue_callback(finish)
@@ -782,6 +925,7 @@ class PythonHooks:
             if self._removed:
                 return False
             self._begin_backward()
+            self._check_not_launched(index)
             self._flush_queued(param)
             # On the parameter's own stream all accumulation is ordered by events.
             here, home = self._current_stream(), self._stream

@@ -30,6 +30,8 @@ BROKEN = (
 NONFINITE = ("skip_window", "skip_micro_batch", "raise", "ignore")
 # Windows whose gradients are sums that nobody has divided yet, so that no optimizer steps them.
 pending: weakref.WeakSet[Window] = weakref.WeakSet()
+# Those that are reduced over ranks before an optimizer steps them.
+shared: weakref.WeakSet[Window] = weakref.WeakSet()
 
 
 class Window:
@@ -225,6 +227,7 @@ class Window:
                     group.hooks.weigh(False)
             if weight is not None:
                 self._count(weight if good is None else good * weight)
+            attachment.end_backward_reduction()
         finally:
             self._open.release()
 
@@ -355,7 +358,7 @@ class Window:
             return
         if self.nonfinite == "raise":
             self._note_nonfinite()
-        elif not self.is_open:
+        elif self.nonfinite == "skip_micro_batch" and not self.is_open:
             if len(attachment.groups) > 1:
                 for group in attachment.groups:
                     group.hooks.drop_held()
@@ -365,6 +368,20 @@ class Window:
                     "accumulator.micro_batch():`, which tells when all gradients are there"
                 )
             self.commit_held()
+        if not self.is_open:
+            attachment.end_backward_reduction()
+
+    def end_reduction(self, reducer: Any) -> None:
+        """Follows the reduction of the gradients: what was counted becomes the mean of the ranks.
+
+        So a division by the weight is one by the total weight of all of them.
+        """
+        self.follow()
+        if self.is_weighted:
+            reducer.average(self.weight)
+        if self.nonfinite == "skip_micro_batch":
+            reducer.average(self.has_skipped)
+            self.has_skipped.copy_(self.has_skipped > 0)
 
     def _note_nonfinite(self) -> None:
         count = self.attachment.micro_batches()
@@ -435,6 +452,7 @@ class Window:
     def average_(self, factor: Tensor | None = None) -> None:
         """Divides ``.grad`` by the weight of the window, once; multiplies it by factor as well."""
         self.check_closed("average_")
+        self.attachment.ensure_reduced()
         divisor = self.divisor()
         if divisor is not None:
             factor = divisor.reciprocal() if factor is None else factor / divisor
@@ -450,8 +468,9 @@ class Window:
         return norm if divisor is None else (norm / divisor).to(norm.dtype)
 
     def check_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raises what speaks against a close, before anything has changed."""
+        """Raises what speaks against a close, before a gradient has changed but for reduction."""
         self.check_closed("step")
+        self.attachment.ensure_reduced()
         covered = set(map(id, self.attachment.params.values()))
         if not any(id(p) in covered for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(
@@ -528,6 +547,7 @@ class Window:
         for group in attachment.groups:
             group.hooks.end_window()
         self.reset()
+        attachment.end_reduced_window()
         self._closed = is_empty
         return result, norm, found_inf
 

@@ -40,7 +40,10 @@ class GradHooks::PreHook : public autograd::FunctionPreHook {
 
   autograd::variable_list operator()(const autograd::variable_list& grads) override {
     const auto hooks = hooks_.lock();
-    return hooks ? autograd::variable_list{hooks->consume(index_, grads.at(0))} : grads;
+    if (!hooks) return grads;
+    autograd::variable_list left{hooks->consume(index_, grads.at(0))};
+    if (hooks->buckets_) hooks->arrived(index_);
+    return left;
   }
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {
@@ -470,6 +473,124 @@ std::vector<at::Tensor> GradHooks::held() {
   return grads;
 }
 
+void GradHooks::reduce_with(std::vector<int64_t> bucket_of,
+                            std::function<void(int64_t, int64_t)> launch, bool overlaps) {
+  check_length({"attach", "buckets"}, bucket_of.size(), params_.size());
+  const Lock lock(*this);
+  buckets_.emplace(std::move(bucket_of));
+  launch_ = std::move(launch);
+  overlaps_ = overlaps;
+}
+
+void GradHooks::set_reducing(bool is_reducing, int64_t every) {
+  const Lock lock(*this);
+  wants_reduction_ = is_reducing;
+  reduce_every_ = every;
+}
+
+bool GradHooks::is_reducing() {
+  const Lock lock(*this);
+  return is_reducing_;
+}
+
+bool GradHooks::is_reduced() {
+  const Lock lock(*this);
+  return is_reduced_;
+}
+
+// A backward inside of one that reduces, as a reentrant checkpoint's, is a part of it.
+void GradHooks::begin_reduction() {
+  if (!buckets_ || !reducing_backward_.expired()) return;
+  TORCH_CHECK(!buckets_->has_begun(),
+              "gradacc_kernels: an earlier backward has begun to reduce its gradients over the "
+              "ranks and did not end, so what the ranks hold differs: restart the processes from a "
+              "checkpoint");
+  is_reduced_ = false;
+  is_reducing_ = wants_reduction_ && tally_.backwards % reduce_every_ == 0;
+}
+
+// A gradient that comes later than the last one of its parameter.
+void GradHooks::check_not_launched(const Param& param) const {
+  TORCH_CHECK(!buckets_ || !buckets_->is_handed_out(&param - params_.data()),
+              "gradacc_kernels: a parameter of shape ", text(param.main.sizes()),
+              " got another gradient in a backward that was already reducing it over the ranks, as "
+              "where several reentrant checkpoints share it, or a micro_batch() has several "
+              "backwards: use checkpoint(use_reentrant=False), or run all backwards but the last "
+              "one inside of no_sync()");
+}
+
+void GradHooks::arrived(int64_t index) {
+  Buckets::Range ready;
+  std::optional<c10::Stream> stream;
+  {
+    const Lock lock(*this);
+    // What somebody may write to after us is reduced at the end.
+    if (removed_ || !is_reducing_ || !overlaps_ || is_watched(params_[index])) return;
+    ready = buckets_->arrived(index);
+    stream = prepare(ready);
+  }
+  launch(ready, stream);
+}
+
+void GradHooks::launch_rest() {
+  Buckets::Range rest;
+  std::optional<c10::Stream> stream;
+  {
+    const Lock lock(*this);
+    if (!buckets_) return;
+    if (!any_has_begun()) tally_ = {tally_.window + 1, 0, 0};
+    rest = buckets_->rest();
+    stream = prepare(rest);
+  }
+  launch(rest, stream);
+}
+
+std::optional<c10::Stream> GradHooks::prepare(const Buckets::Range& buckets) {
+  const auto here = current_stream(device_);
+  if (buckets.first == buckets.last) return here;
+  const at::NoGradGuard no_grad;
+  if (here && !reduction_stream_)
+    reduction_stream_ =
+        c10::impl::VirtualGuardImpl(device_.type()).getStreamFromGlobalPool(device_);
+  bool is_beside = false;
+  for (int64_t bucket = buckets.first; bucket < buckets.last; ++bucket) {
+    for (const int64_t index : buckets_->params_of(bucket)) {
+      Param& param = params_[index];
+      const auto backward = param.backward.lock();
+      if (backward && backward->batch == param.batch) flush(*backward);
+      is_beside = is_beside || param.is_beside;
+      if (!adopt(param)) {  // the other ranks may have a gradient of it
+        param.main.zero_();
+        count(param, -1, true);
+      }
+      if (param.variable.requires_grad()) show(param);
+      param.statistics_version.reset();
+    }
+  }
+  if (here) order(*here, *reduction_stream_);
+  if (is_beside) order(*beside_, *reduction_stream_);
+  return reduction_stream_;
+}
+
+// Without the mutex, for it calls Python.
+void GradHooks::launch(const Buckets::Range& buckets, const std::optional<c10::Stream>& stream) {
+  if (buckets.first == buckets.last) return;
+  const c10::OptionalStreamGuard guard(stream);
+  launch_(buckets.first, buckets.last);
+}
+
+void GradHooks::end_reduction() {
+  const Lock lock(*this);
+  if (!buckets_) return;
+  buckets_->reset();
+  is_reducing_ = false;
+  is_reduced_ = true;
+  for (Param& param : params_) {
+    if (param.variable.mutable_grad().defined()) show(param);
+    param.statistics_version.reset();
+  }
+}
+
 // A launch adds once to a parameter: a second gradient of one, as of two reentrant checkpoints that
 // share it, starts another.
 void GradHooks::commit_held() {
@@ -620,6 +741,9 @@ at::Tensor GradHooks::consume(int64_t index, const at::Tensor& grad) {
           "gradacc_kernels: with nonfinite='skip_micro_batch' gradients wait until backward "
           "has ended, and those of create_graph=True cannot: attach with "
           "nonfinite='skip_window'.");
+      TORCH_CHECK(!buckets_,
+                  "gradacc_kernels: gradients of create_graph=True are added by autograd, after "
+                  "the reduction over ranks has seen them last: attach without process_group.");
       is_new_backward();
       count(param, autograd::get_current_graph_task_id(), !param.variable.grad().defined());
     }
@@ -637,6 +761,7 @@ at::Tensor GradHooks::consume(int64_t index, const at::Tensor& grad) {
   if (removed_) return grad;
   check_not_reduced(param.variable);
   begin_backward();
+  check_not_launched(param);
   if (is_holding_) {
     TORCH_CHECK(!is_watched(param) && autograd::get_current_graph_task_id() >= 0,
                 "gradacc_kernels: with nonfinite='skip_micro_batch' gradients are added after "
@@ -670,10 +795,15 @@ bool GradHooks::is_new_backward() {
 
 // When its gradients are about to be added.
 void GradHooks::count_backward() {
-  if (std::none_of(params_.begin(), params_.end(), [&](const Param& p) { return has_begun(p); }))
-    tally_ = {tally_.window + 1, 0, 0};
+  if (!any_has_begun()) tally_ = {tally_.window + 1, 0, 0};
   ++tally_.backwards;
+  begin_reduction();
   if (!is_weighted_) ++tally_.unweighted;
+}
+
+bool GradHooks::any_has_begun() const {
+  return std::any_of(params_.begin(), params_.end(),
+                     [&](const Param& param) { return has_begun(param); });
 }
 
 // Whether the window has summed a gradient of it.
@@ -683,8 +813,11 @@ bool GradHooks::has_begun(const Param& param) const {
 
 // Before the first gradient that a backward has for us is added, and most others are delivered.
 void GradHooks::begin_backward() {
-  if (is_new_backward()) follow_uses();
-  if (at_end_) backward_under_way();
+  const bool is_new = is_new_backward();
+  if (is_new) follow_uses();
+  if (!at_end_) return;
+  const auto backward = backward_under_way();
+  if (is_new && buckets_ && reducing_backward_.expired()) reducing_backward_ = backward;
 }
 
 void GradHooks::follow_uses() {
@@ -754,7 +887,9 @@ std::shared_ptr<GradHooks::Backward> GradHooks::backward_under_way() {
         {
           const Lock lock(*hooks);
           hooks->finish(*finished);
-          at_end = hooks->at_end_;
+          const auto outer = hooks->reducing_backward_.lock();
+          if (!outer || outer == finished) at_end = hooks->at_end_;
+          if (outer == finished) hooks->reducing_backward_.reset();
         }
         if (at_end) at_end();
       });
@@ -860,6 +995,7 @@ bool GradHooks::add(int64_t index, c10::function_ref<bool(const MainGrad&)> add)
   if (removed_) return false;
   if (!param.variable.requires_grad()) return true;  // frozen since forward, as in consume
   begin_backward();
+  check_not_launched(param);
   settle(param);
   const auto here = current_stream(device_);
   const auto home = here && param.node ? param.node->stream() : here;
@@ -885,6 +1021,7 @@ bool GradHooks::add_beside(int64_t index, std::vector<at::Tensor> reads,
         beside_ = c10::impl::VirtualGuardImpl(device_.type()).getStreamFromGlobalPool(device_);
       const auto backward = backward_under_way();
       begin_backward();
+      check_not_launched(param);
       if (param.backward.lock() != backward || !param.is_beside) settle(param);
       const Factor& prepared = factor();
       order(*here, *beside_);

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../bindings/backend.h"
+#include "buckets.h"
 #include "shared_input.h"
 #include "window_cast.h"
 
@@ -134,6 +135,24 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   void commit_held();
   void drop_held();
 
+  // For a reduction over ranks of what a window has summed. Backwards that reduce call `launch`
+  // with buckets whose main gradients are final, in order, on a stream that has waited for them;
+  // `.grad` of their parameters is the view of main then, of zeros where there was none. Between
+  // the two, bucket by bucket, main belongs to the reduction. overlaps: whether that may begin
+  // before backward has ended.
+  void reduce_with(std::vector<int64_t> bucket_of, std::function<void(int64_t, int64_t)> launch,
+                   bool overlaps);
+  // Whether the backwards from now on reduce: each `every`-th of a window, or none.
+  void set_reducing(bool is_reducing, int64_t every);
+  // Whether the last backward is one that reduces, and its reduction has not ended.
+  bool is_reducing();
+  // Whether nothing was added since the window was reduced.
+  bool is_reduced();
+  // Launches what is left of all buckets.
+  void launch_rest();
+  // All buckets have been reduced.
+  void end_reduction();
+
   // For fused modules. What the backward under way does with a gradient that it sends along `edge`,
   // which leads to the AccumulateGrad node of a parameter of `hooks`, or of any, where that is
   // null.
@@ -188,6 +207,12 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
     std::vector<Entry> entries;
   };
 
+  // A parameter's AccumulateGrad node has run.
+  void arrived(int64_t index);
+  // Makes main gradients ready to be reduced; returns the stream on which they are.
+  std::optional<c10::Stream> prepare(const Buckets::Range& buckets);
+  void launch(const Buckets::Range& buckets, const std::optional<c10::Stream>& stream);
+  void check_not_launched(const Param& param) const;
   // Returns what is left for AccumulateGrad: nothing, unless the gradient is not for us.
   at::Tensor consume(int64_t index, const at::Tensor& grad);
   void install(int64_t index);
@@ -205,7 +230,9 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   void settle(Param& param);
   bool is_new_backward();
   void count_backward();
+  void begin_reduction();
   void begin_backward();
+  bool any_has_begun() const;
   bool has_begun(const Param& param) const;
   bool is_left_over(const Param& param) const;
   void follow_uses();
@@ -248,6 +275,15 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   bool is_captured_without_ = false;  // a graph without inv_scale
   std::function<void()> at_end_;
   bool is_holding_ = false;
+  std::optional<Buckets> buckets_;  // of the reduction
+  std::function<void(int64_t, int64_t)> launch_;
+  std::weak_ptr<Backward> reducing_backward_;    // its end is that of the reduction
+  std::optional<c10::Stream> reduction_stream_;  // made at its first use
+  bool overlaps_ = true;
+  bool wants_reduction_ = true;
+  int64_t reduce_every_ = 1;
+  bool is_reducing_ = false;  // the last backward
+  bool is_reduced_ = false;   // what was summed
   std::vector<Held> held_;
 };
 

@@ -55,15 +55,16 @@ void deliver_to(const at::Tensor& param, std::optional<at::ScalarType> dtype) {
 }
 
 // A call of a Python object by a thread that does not hold the GIL, which may also drop it.
-std::function<void()> with_gil(pybind11::object call) {
+template <typename... Arguments>
+std::function<void(Arguments...)> with_gil(pybind11::object call) {
   const std::shared_ptr<pybind11::object> shared(new pybind11::object(std::move(call)),
                                                  [](pybind11::object* object) {
                                                    const pybind11::gil_scoped_acquire gil;
                                                    delete object;
                                                  });
-  return [shared] {
+  return [shared](Arguments... arguments) {
     const pybind11::gil_scoped_acquire gil;
-    (*shared)();
+    (*shared)(arguments...);
   };
 }
 
@@ -150,10 +151,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("main_grad", &GradHooks::main_grad, NoGil())
       .def("call_at_end",
            [](GradHooks& hooks, py::object call) {
-             auto at_end = gradacc::with_gil(std::move(call));
+             auto at_end = gradacc::with_gil<>(std::move(call));
              const py::gil_scoped_release no_gil;
              hooks.call_at_end(std::move(at_end));
            })
+      .def("reduce_with",
+           [](GradHooks& hooks, std::vector<int64_t> bucket_of, py::object call, bool overlaps) {
+             auto launch = gradacc::with_gil<int64_t, int64_t>(std::move(call));
+             const py::gil_scoped_release no_gil;
+             hooks.reduce_with(std::move(bucket_of), std::move(launch), overlaps);
+           })
+      .def("set_reducing", &GradHooks::set_reducing, NoGil())
+      .def("is_reducing", &GradHooks::is_reducing, NoGil())
+      .def("is_reduced", &GradHooks::is_reduced, NoGil())
+      .def("launch_rest", &GradHooks::launch_rest, NoGil())
+      .def("end_reduction", &GradHooks::end_reduction, NoGil())
       .def("hold", &GradHooks::hold, NoGil())
       .def("held", &GradHooks::held, NoGil())
       .def("commit_held", &GradHooks::commit_held, NoGil())

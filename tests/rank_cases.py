@@ -1,0 +1,615 @@
+"""What several ranks do together: cases that every rank of a process group runs, one by one.
+
+    python tests/rank_cases.py FOLDER WORLD_SIZE [cpu|cuda]
+
+starts the ranks, as forks of this process on the CPU and as processes of their own on GPUs. Rank r
+writes a line of JSON for each case to FOLDER/r: its name, and the traceback where it failed.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import oracle
+import torch
+import torch.distributed as dist
+from hook_cases import Raise, backward, mlp
+from torch.utils.checkpoint import checkpoint
+
+import gradacc_kernels as gk
+from gradacc_kernels import distributed
+
+CASES = {}
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+class Ranks:
+    """What a case is given: who it is, and how to compare."""
+
+    def __init__(self, rank, world_size, device):
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.group = dist.group.WORLD
+        # The forms of the hook: C++ and Python.
+        self.backends = ("cpu", "reference") if device.type == "cpu" else ("cuda", "triton")
+
+    def model(self, dtype=torch.bfloat16):
+        torch.manual_seed(0)
+        return mlp(self.device, dtype)
+
+    def batches(self, count, rank=None, rows=4, dtype=torch.bfloat16):
+        generator = torch.Generator().manual_seed(100 + (self.rank if rank is None else rank))
+        inputs = torch.randn(count, rows, 16, generator=generator)
+        return list(inputs.to(self.device, dtype))
+
+    def gathered(self, tensor):
+        values = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(values, tensor.contiguous())
+        return values
+
+    def assert_same(self, tensors):
+        """Bit by bit, on all ranks."""
+        for tensor in tensors:
+            for other in self.gathered(tensor.detach()):
+                assert other.equal(tensor), "the ranks hold different bits"
+
+
+def mean_sum(ranks, model, count, weights=None):
+    """The sums that one process has of the batches of all ranks, each over the number of ranks."""
+    params = list(model.parameters())
+    sums = [oracle.WindowSum(torch.zeros(p.shape)) for p in params]
+    for rank in range(ranks.world_size):
+        for index, x in enumerate(ranks.batches(count, rank)):
+            loss = model(x).float().square().sum()
+            weight = 1.0 if weights is None else float(weights[rank][index])
+            for total, grad in zip(sums, torch.autograd.grad(loss, params), strict=True):
+                total.add(grad, weight / ranks.world_size)
+    return sums
+
+
+def assert_reduced(ranks, model, sums, roundings=2):
+    """`.grad` is the mean of what the ranks have summed, the same bits on all."""
+    for param, total in zip(model.parameters(), sums, strict=True):
+        assert param.grad.data_ptr() == param.main_grad.data_ptr()
+        assert param.grad.dtype == torch.float32
+        total.k += roundings  # of the mean
+        assert total.contains(param.grad)
+    ranks.assert_same(p.grad for p in model.parameters())
+
+
+@case
+def window_equals_that_of_one_process(ranks):
+    for backend in ranks.backends:
+        for count, bucket_bytes, way in (
+            (1, 1, "no_sync"),
+            (4, 1 << 20, "no_sync"),
+            (4, 700, "steps"),
+            (3, 700, "micro_batch"),
+        ):
+            model = ranks.model()
+            expected = mean_sum(ranks, model, count)
+            steps = count if way == "steps" else None
+            accumulator = gk.attach(
+                model,
+                backend=backend,
+                process_group=ranks.group,
+                bucket_bytes=bucket_bytes,
+                steps=steps,
+            )
+            for window in range(2):
+                for index, x in enumerate(ranks.batches(count)):
+                    is_last = index == count - 1
+                    waits = way != "steps" and not is_last
+                    with accumulator.no_sync() if waits else contextlib.nullcontext():
+                        with (
+                            accumulator.micro_batch()
+                            if way == "micro_batch"
+                            else contextlib.nullcontext()
+                        ):
+                            backward(model, x)
+                    if not is_last:
+                        local = mean_local(ranks, model, index + 1)
+                        for p, total in zip(model.parameters(), local, strict=True):
+                            assert total.contains(p.grad)
+                if window == 0:
+                    model.zero_grad()
+            assert_reduced(ranks, model, expected)
+            assert accumulator.micro_batches == count
+            accumulator.detach()
+
+
+def mean_local(ranks, model, count):
+    params = list(model.parameters())
+    sums = [oracle.WindowSum(torch.zeros(p.shape)) for p in params]
+    for x in ranks.batches(count):
+        loss = model(x).float().square().sum()
+        for total, grad in zip(sums, torch.autograd.grad(loss, params), strict=True):
+            total.add(grad)
+    return sums
+
+
+@case
+def a_wrong_mean_is_seen(ranks):
+    model = ranks.model()
+    expected = mean_sum(ranks, model, 1)
+    accumulator = gk.attach(model, process_group=ranks.group)
+    with accumulator.no_sync():
+        backward(model, ranks.batches(1)[0])
+    pairs = zip(model.parameters(), expected, strict=True)
+    assert not all(total.contains(param.grad) for param, total in pairs)
+    accumulator.reduce()
+    assert_reduced(ranks, model, expected)
+    accumulator.detach()
+
+
+@case
+def fused_modules_are_reduced(ranks):
+    for backend in ranks.backends:
+        model = ranks.model(torch.float32)
+        stock = copy.deepcopy(model)
+        accumulator = gk.attach(
+            model, backend=backend, fuse=True, process_group=ranks.group, bucket_bytes=1
+        )
+        for x in ranks.batches(2, dtype=torch.float32):
+            with accumulator.no_sync():
+                backward(model, x)
+        # A module that is called twice adds twice before its weight has arrived.
+        x = ranks.batches(3, dtype=torch.float32)[2]
+        (model(x).square().sum() + model(x * 2).square().sum()).backward()
+        for x in ranks.batches(3, dtype=torch.float32)[:2]:
+            backward(stock, x)
+        x = ranks.batches(3, dtype=torch.float32)[2]
+        (stock(x).square().sum() + stock(x * 2).square().sum()).backward()
+        for param, other in zip(model.parameters(), stock.parameters(), strict=True):
+            dist.all_reduce(other.grad)
+            torch.testing.assert_close(
+                param.grad, other.grad / ranks.world_size, rtol=1e-4, atol=1e-5
+            )
+        ranks.assert_same(p.grad for p in model.parameters())
+        accumulator.detach()
+
+
+@case
+def weights_are_those_of_all_ranks(ranks):
+    weights = [[3.0, 1.0 + rank] for rank in range(ranks.world_size)]
+    whole = sum(map(sum, weights))
+    for backend in ranks.backends:
+        model = ranks.model()
+        expected = mean_sum(ranks, model, 2, weights)
+        accumulator = gk.attach(model, backend=backend, process_group=ranks.group, bucket_bytes=700)
+        first, last = ranks.batches(2)
+        with accumulator.no_sync(), accumulator.micro_batch(weights[ranks.rank][0]):
+            backward(model, first)
+        assert accumulator.weight.item() == 3
+        with accumulator.micro_batch(weights[ranks.rank][1]):
+            backward(model, last)
+        assert accumulator.weight.item() == whole
+        assert_reduced(ranks, model, expected)
+        accumulator.average_()
+        for param, total in zip(model.parameters(), expected, strict=True):
+            total.total *= ranks.world_size / whole
+            total.magnitude *= ranks.world_size / whole
+            total.k += 2
+            assert total.contains(param.grad)
+        ranks.assert_same(p.grad for p in model.parameters())
+        accumulator.detach()
+
+
+@case
+def parameters_that_some_ranks_do_not_use(ranks):
+    for backend in ranks.backends:
+        torch.manual_seed(0)
+        layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(4)).to(ranks.device)
+        accumulator = gk.attach(layers, backend=backend, process_group=ranks.group, bucket_bytes=1)
+        x = torch.full((2, 4), 1.0 + ranks.rank, device=ranks.device)
+        for _ in range(2):  # the second window finds what the first one has left
+            for p in layers.parameters():
+                p.grad = None
+            used = [layers[0], layers[1 + ranks.rank % 2]]
+            sum(layer(x).sum() for layer in used).backward()
+            for index, layer in enumerate(layers):
+                users = [r for r in range(ranks.world_size) if index == 0 or index == 1 + r % 2]
+                mean = sum(2 * (1.0 + r) for r in users) / ranks.world_size
+                assert layer.weight.grad.equal(torch.full_like(layer.weight, mean)), (index, mean)
+            accumulator.step(torch.optim.SGD(layers.parameters(), lr=0.0))
+        accumulator.detach()
+
+
+@case
+def a_rank_without_a_gradient_takes_part(ranks):
+    for backend in ranks.backends:
+        model = ranks.model(torch.float32)
+        accumulator = gk.attach(model, backend=backend, process_group=ranks.group)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for window in range(3):
+            x = ranks.batches(1, dtype=torch.float32)[0]
+            is_idle = ranks.rank == window % ranks.world_size
+            with accumulator.micro_batch(0 if is_idle else 2):
+                if not is_idle:
+                    (model(x).square().sum() / 2).backward()
+            norm = accumulator.step(optimizer, max_norm=1.0)
+            ranks.assert_same([norm, *model.parameters()])
+            assert 0 < norm.item() < 1e6
+            model.zero_grad()
+        accumulator.detach()
+
+
+@case
+def a_step_before_the_reduction_is_refused(ranks):
+    for backend in ranks.backends:
+        model = ranks.model(torch.float32)
+        accumulator = gk.attach(model, backend=backend, process_group=ranks.group)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x = ranks.batches(1, dtype=torch.float32)[0]
+        backward(model, x)
+        with accumulator.no_sync():
+            backward(model, x)
+        before = [p.clone() for p in model.parameters()]
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            assert "not reduced over the ranks" in str(error)
+        else:
+            raise AssertionError("stepped by gradients of one rank")
+        assert all(map(torch.equal, model.parameters(), before))
+        accumulator.reduce()
+        optimizer.step()
+        ranks.assert_same(model.parameters())
+        accumulator.detach()
+
+
+@case
+def several_optimizers_step_one_window(ranks):
+    model = ranks.model(torch.float32)
+    accumulator = gk.attach(model, process_group=ranks.group)
+    parts = [
+        torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (model[0], model[2], model[3])
+    ]
+    for x in ranks.batches(2, dtype=torch.float32):
+        backward(model, x)
+        for optimizer in parts:
+            optimizer.step()
+        model.zero_grad()
+    ranks.assert_same(model.parameters())
+    accumulator.detach()
+
+
+@case
+def an_overflow_of_one_rank_is_that_of_all(ranks):
+    for backend in ranks.backends:
+        model = ranks.model(torch.float32)
+        accumulator = gk.attach(model, backend=backend, process_group=ranks.group, bucket_bytes=700)
+        scaler = gk.GradScaler(accumulator, device=ranks.device.type, init_scale=16.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for window in range(3):
+            before = [p.clone() for p in model.parameters()]
+            x = ranks.batches(1, dtype=torch.float32)[0]
+            if window == 1 and ranks.rank == 0:
+                x = x / 0
+            scaler.scale(model(x).square().sum()).backward()
+            assert bool(accumulator.found_inf) == (window == 1)
+            scaler.step(optimizer)
+            scaler.update()
+            is_kept = all(map(torch.equal, model.parameters(), before))
+            assert is_kept == (window == 1)
+            assert scaler.get_scale() == (16 if window == 0 else 8)
+            ranks.assert_same(model.parameters())
+            model.zero_grad()
+        accumulator.detach()
+
+
+@case
+def a_micro_batch_that_one_rank_drops(ranks):
+    for backend in ranks.backends:
+        model = ranks.model(torch.float32)
+        accumulator = gk.attach(
+            model, backend=backend, process_group=ranks.group, nonfinite="skip_micro_batch"
+        )
+        scaler = gk.GradScaler(accumulator, device=ranks.device.type, init_scale=16.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        inputs = ranks.batches(2, dtype=torch.float32)
+        for index, x in enumerate(inputs):
+            bad = index == 0 and ranks.rank == 1
+            with accumulator.no_sync() if index == 0 else contextlib.nullcontext():
+                with accumulator.micro_batch(1.0):
+                    scaler.scale(model(x / 0 if bad else x).square().sum()).backward()
+        assert accumulator.weight.item() == 2 * ranks.world_size - 1
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 8
+        ranks.assert_same(model.parameters())
+        assert all(p.isfinite().all() for p in model.parameters())
+        accumulator.detach()
+
+
+@case
+def reduction_in_16_bits_is_within_its_bound(ranks):
+    for dtype, unit in ((torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)):
+        for backend in ranks.backends:
+            model = ranks.model()
+            expected = mean_sum(ranks, model, 1)
+            accumulator = gk.attach(
+                model, backend=backend, process_group=ranks.group, reduce_dtype=dtype
+            )
+            backward(model, ranks.batches(1)[0])
+            is_exact = []
+            for param, total in zip(model.parameters(), expected, strict=True):
+                error = (param.grad.cpu().double() - total.total).abs()
+                # Each term is rounded once, and so is each addition and the mean.
+                bound = (ranks.world_size + 1) * unit * total.magnitude + 1e-6
+                assert (error <= bound).all()
+                is_exact.append(total.contains(param.grad))
+            assert not all(is_exact)  # the reduction is in 16 bits
+            ranks.assert_same(p.grad for p in model.parameters())
+            accumulator.detach()
+
+
+@case
+def averaging_again_changes_nothing(ranks):
+    model = ranks.model()
+    accumulator = gk.attach(model, process_group=ranks.group)
+    expected = mean_sum(ranks, model, 2)
+    for x in ranks.batches(2):
+        backward(model, x)  # each of them reduces
+    assert_reduced(ranks, model, expected, roundings=4)
+    before = [p.grad.clone() for p in model.parameters()]
+    accumulator.reduce()
+    assert all(p.grad.equal(b) for p, b in zip(model.parameters(), before, strict=True))
+    accumulator.detach()
+
+
+@case
+def reduction_begins_before_backward_ends(ranks):
+    for nonfinite in ("skip_window", "raise"):
+        for backend in ranks.backends:
+            model = ranks.model(torch.float32)
+            accumulator = gk.attach(
+                model,
+                backend=backend,
+                process_group=ranks.group,
+                bucket_bytes=1,
+                nonfinite=nonfinite,
+            )
+            launched, at_input = [], []
+            reducer = accumulator._attachment.reducer
+            launch = reducer.launch
+
+            def seen(first, last, launch=launch, launched=launched):
+                launched.extend(range(first, last))
+                launch(first, last)
+
+            group = accumulator._attachment.groups[0]
+            group.hooks.reduce_with(reducer.bucket_of, seen, nonfinite == "skip_window")
+            x = ranks.batches(1, dtype=torch.float32)[0].requires_grad_()
+            x.register_hook(lambda grad, n=at_input, all=launched: n.append(len(all)))
+            backward(model, x)
+            count = len(set(reducer.bucket_of))
+            assert launched == list(range(count)) and count == len(list(model.parameters()))
+            # The first layer's may come after that of the input.
+            assert at_input[0] >= count - 2 if nonfinite == "skip_window" else at_input == [0]
+            accumulator.detach()
+
+
+@case
+def hooks_of_others_see_their_own_sum(ranks):
+    for backend in ranks.backends:
+        model = ranks.model()
+        expected = mean_sum(ranks, model, 1)
+        accumulator = gk.attach(model, backend=backend, process_group=ranks.group, bucket_bytes=1)
+        x = ranks.batches(1)[0]
+        own = torch.autograd.grad(model(x).float().square().sum(), list(model.parameters()))
+        seen = {}
+        for param, grad in zip(model.parameters(), own, strict=True):
+            param.register_post_accumulate_grad_hook(
+                lambda p, grad=grad, seen=seen: seen.__setitem__(id(p), p.grad.equal(grad.float()))
+            )
+        backward(model, x)
+        assert len(seen) == len(own) and all(seen.values())
+        assert_reduced(ranks, model, expected)
+        accumulator.detach()
+
+
+@case
+def checkpoints(ranks):
+    for backend in ranks.backends:
+        for is_reentrant in (False, True):
+            model = ranks.model(torch.float32)
+            stock = copy.deepcopy(model)
+            accumulator = gk.attach(
+                model, backend=backend, process_group=ranks.group, bucket_bytes=1
+            )
+
+            def loss(model, x, is_reentrant=is_reentrant):
+                x = checkpoint(model[0], x, use_reentrant=is_reentrant)
+                x = checkpoint(model[1:3], x, use_reentrant=is_reentrant)
+                return model[3](x).square().sum()
+
+            for x in ranks.batches(2, dtype=torch.float32):
+                x.requires_grad_()
+                loss(model, x).backward()
+                loss(stock, x).backward()
+            for param, other in zip(model.parameters(), stock.parameters(), strict=True):
+                dist.all_reduce(other.grad)
+                torch.testing.assert_close(
+                    param.grad, other.grad / ranks.world_size, rtol=1e-5, atol=1e-5
+                )
+            ranks.assert_same(p.grad for p in model.parameters())
+            accumulator.detach()
+
+
+@case
+def parameters_and_buffers_are_those_of_the_first_rank(ranks):
+    torch.manual_seed(ranks.rank)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).to(ranks.device)
+    model[0].weight = torch.nn.Parameter(torch.randn(3, 4, device=ranks.device).t())
+    model[1].running_mean.fill_(float(ranks.rank))
+    first = [t.clone() for t in model.state_dict().values()]
+    accumulator = gk.attach(model, process_group=ranks.group)
+    ranks.assert_same(model.state_dict().values())
+    if ranks.rank == 0:
+        assert all(map(torch.equal, model.state_dict().values(), first))
+    accumulator.detach()
+
+
+@case
+def different_parameters_are_refused(ranks):
+    def attempt(model, **options):
+        try:
+            gk.attach(model, process_group=ranks.group, **options)
+        except ValueError as error:
+            assert all(p.grad is None and not hasattr(p, "main_grad") for p in model.parameters())
+            return str(error)
+        raise AssertionError("was attached")
+
+    is_odd = ranks.rank == ranks.world_size - 1
+    width = 5 if is_odd else 4
+    said = attempt(torch.nn.Linear(3, width).to(ranks.device))
+    assert f"rank {ranks.world_size - 1}" in said and "[5, 3]" in said and "[4, 3]" in said
+    said = attempt(torch.nn.Linear(3, 4, bias=not is_odd).to(ranks.device))
+    assert "bias: [4]" in said and "no more" in said or "options" in said
+    said = attempt(torch.nn.Linear(3, 4).to(ranks.device), scale=0.5 if is_odd else 1.0)
+    assert "options" in said
+
+
+@case
+def a_backward_that_raises_in_the_middle_is_told_of(ranks):
+    for backend in ranks.backends:
+        model = ranks.model(torch.float32)
+        accumulator = gk.attach(model, backend=backend, process_group=ranks.group, bucket_bytes=1)
+        x = ranks.batches(1, dtype=torch.float32)[0]
+        hidden = Raise.apply(model[:3](x))
+        try:
+            model[3](hidden).square().sum().backward()
+        except ValueError:
+            pass
+        try:
+            backward(model, x)
+        except RuntimeError as error:
+            assert "did not end" in str(error)
+        else:
+            raise AssertionError("went on with half of a reduction")
+        accumulator.detach()
+
+
+@case
+def no_bad_argument_changes_anything(ranks):
+    model = ranks.model()
+    doubles = torch.nn.ModuleList(
+        [torch.nn.Linear(2, 2, dtype=torch.float64), torch.nn.Linear(2, 2)]
+    ).to(ranks.device)
+    for target, options, kind, match in (
+        (model, {"process_group": 3}, TypeError, "must be a torch.distributed.ProcessGroup"),
+        (model, {"steps": 2}, ValueError, "pass process_group too"),
+        (model, {"process_group": ranks.group, "steps": 0}, ValueError, "positive int"),
+        (model, {"process_group": ranks.group, "reduce_dtype": int}, ValueError, "reduce_dtype"),
+        (model, {"process_group": ranks.group, "bucket_bytes": 0}, ValueError, "bucket_bytes"),
+        (doubles, {"process_group": ranks.group}, ValueError, "on one device"),
+    ):
+        try:
+            gk.attach(target, **options)
+        except kind as error:
+            assert match in str(error), error
+        else:
+            raise AssertionError(f"took {options}")
+        assert not hasattr(next(target.parameters()), "main_grad")
+    accumulator = gk.attach(model, process_group=ranks.group)
+    x = ranks.batches(1)[0]
+    try:
+        model(x).float().square().sum().backward(create_graph=True)
+    except RuntimeError as error:
+        assert "create_graph" in str(error)
+    else:
+        raise AssertionError("reduced before autograd added")
+    accumulator.detach()
+
+
+@case
+def a_rank_that_lags_is_named(ranks):
+    if ranks.device.type != "cpu":
+        return  # NCCL ends the process
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    distributed.LISTENS = 1.0
+    model = ranks.model(torch.float32)
+    accumulator = gk.attach(model, process_group=group, bucket_bytes=1)
+    x = ranks.batches(1, dtype=torch.float32)[0]
+    if ranks.rank == 1:
+        time.sleep(3)
+        return
+    try:
+        backward(model, x)
+    except RuntimeError as error:
+        assert "could not reduce bucket 0 of 6" in str(error), error
+        assert "rank 1 did not come as far" in str(error), error
+    else:
+        raise AssertionError("reduced without rank 1")
+    assert accumulator is not None
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run(rank, world_size, folder, device, port):
+    """Runs all cases as one rank."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "gloo" if device == "cpu" else "nccl",
+        f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
+    ranks = Ranks(rank, world_size, torch.device(device, rank if device == "cuda" else None))
+    with (folder / str(rank)).open("w", buffering=1) as results:
+        for name, function in CASES.items():
+            failure = None
+            began = time.monotonic()
+            try:
+                function(ranks)
+            except BaseException:
+                failure = traceback.format_exc()
+            took = round(time.monotonic() - began, 2)
+            results.write(json.dumps({"case": name, "failure": failure, "seconds": took}) + "\n")
+            if failure is not None:
+                break  # the others may wait for this rank
+
+
+def main():
+    folder, world_size, device = Path(sys.argv[1]), int(sys.argv[2]), (sys.argv + ["cpu"])[3]
+    if len(sys.argv) > 4:
+        run(int(sys.argv[5]), world_size, folder, device, int(sys.argv[4]))
+        os._exit(0)
+    port = free_port()
+    if device == "cuda":
+        command = [sys.executable, __file__, str(folder), str(world_size), device, str(port)]
+        children = [subprocess.Popen([*command, str(rank)]) for rank in range(world_size)]
+        sys.exit(max(child.wait() for child in children))
+    torch.set_num_threads(1)  # the threads of OpenMP do not outlive a fork
+    children = []
+    for rank in range(world_size):
+        child = os.fork()
+        if child == 0:
+            run(rank, world_size, folder, device, port)
+            os._exit(0)
+        children.append(child)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+
+
+if __name__ == "__main__":
+    main()
