@@ -205,8 +205,10 @@ void check_not_reduced(const at::Tensor& param) {
   TORCH_CHECK(!leaf || !is_reduced(*leaf), "gradacc_kernels: a ", text(param.scalar_type()),
               " parameter of shape ", text(param.sizes()),
               " is under DistributedDataParallel, which cannot reduce a float32 gradient of it. "
-              "Train float32 parameters under autocast, or leave DistributedDataParallel out and "
-              "all_reduce the .grad of the parameters after the last micro-batch of a window.");
+              "Leave DistributedDataParallel out: attach(model, "
+              "process_group=torch.distributed.group.WORLD) reduces float32 gradients by itself, "
+              "once a window with Accumulator.no_sync(); or train float32 parameters under "
+              "autocast.");
 }
 
 GradHooks::GradHooks(std::vector<at::Tensor> params, std::vector<at::Tensor> main_grads,
