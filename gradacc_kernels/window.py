@@ -150,6 +150,8 @@ class Window:
     def end(self, attachment: Any) -> None:
         """Ends the last window, with the average in ``.grad``.
 
+        Of this rank: the garbage collector calls it when it likes, and no other rank with it.
+
         Args:
             attachment: whose window this is, which may have no references left.
         """
@@ -157,7 +159,8 @@ class Window:
         try:
             if self.nonfinite == "skip_micro_batch":
                 self.commit_held()
-            self.average_()
+            self.check_closed("detach")
+            self._average(None)
         finally:
             self._attachment = lambda: None
             pending.discard(self)
@@ -453,6 +456,9 @@ class Window:
         """Divides ``.grad`` by the weight of the window, once; multiplies it by factor as well."""
         self.check_closed("average_")
         self.attachment.ensure_reduced()
+        self._average(factor)
+
+    def _average(self, factor: Tensor | None) -> None:
         divisor = self.divisor()
         if divisor is not None:
             factor = divisor.reciprocal() if factor is None else factor / divisor

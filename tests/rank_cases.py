@@ -1,6 +1,6 @@
 """What several ranks do together: cases that every rank of a process group runs, one by one.
 
-    python tests/rank_cases.py FOLDER WORLD_SIZE [cpu|cuda]
+    python tests/rank_cases.py FOLDER WORLD_SIZE [cpu|cuda]        (or tests/zero_cases.py)
 
 starts the ranks, as forks of this process on the CPU and as processes of their own on GPUs. Rank r
 writes a line of JSON for each case to FOLDER/r: its name, and the traceback where it failed.
@@ -8,6 +8,7 @@ writes a line of JSON for each case to FOLDER/r: its name, and the traceback whe
 
 import contextlib
 import copy
+import gc
 import json
 import os
 import socket
@@ -38,8 +39,9 @@ def case(function):
 class Ranks:
     """What a case is given: who it is, and how to compare."""
 
-    def __init__(self, rank, world_size, device):
+    def __init__(self, rank, world_size, device, folder):
         self.rank, self.world_size, self.device = rank, world_size, device
+        self.folder = folder
         self.group = dist.group.WORLD
         # The forms of the hook: C++ and Python.
         self.backends = ("cpu", "reference") if device.type == "cpu" else ("cuda", "triton")
@@ -463,6 +465,30 @@ def parameters_and_buffers_are_those_of_the_first_rank(ranks):
 
 
 @case
+def no_rank_reduces_when_a_model_is_dropped(ranks):
+    """The garbage collector does that at another time on each rank."""
+    for backend in ranks.backends:
+        model = ranks.model(torch.float32)
+        accumulator = gk.attach(model, backend=backend, process_group=ranks.group)
+        backward(model, ranks.batches(1, dtype=torch.float32)[0])
+        accumulator.step(torch.optim.SGD(model.parameters(), lr=0.1))
+        backward(model, ranks.batches(1, dtype=torch.float32)[0])
+        with accumulator.no_sync():
+            backward(model, ranks.batches(1, dtype=torch.float32)[0])
+        params, calls = list(model.parameters()), []
+        sums = [p.grad.clone() for p in params]
+        all_reduce, dist.all_reduce = dist.all_reduce, lambda *args, n=calls, **_: n.append(args)
+        try:
+            del model
+            gc.collect()
+        finally:
+            dist.all_reduce = all_reduce
+        assert not calls
+        assert not hasattr(params[0], "main_grad")
+        assert all(p.grad.equal(total) for p, total in zip(params, sums, strict=True))
+
+
+@case
 def different_parameters_are_refused(ranks):
     def attempt(model, **options):
         try:
@@ -562,7 +588,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run(rank, world_size, folder, device, port):
+def run(cases, rank, world_size, folder, device, port):
     """Runs all cases as one rank."""
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
@@ -575,9 +601,10 @@ def run(rank, world_size, folder, device, port):
         world_size=world_size,
         timeout=timedelta(seconds=60),
     )
-    ranks = Ranks(rank, world_size, torch.device(device, rank if device == "cuda" else None))
+    device = torch.device(device, rank if device == "cuda" else None)
+    ranks = Ranks(rank, world_size, device, folder)
     with (folder / str(rank)).open("w", buffering=1) as results:
-        for name, function in CASES.items():
+        for name, function in cases.items():
             failure = None
             began = time.monotonic()
             try:
@@ -590,14 +617,14 @@ def run(rank, world_size, folder, device, port):
                 break  # the others may wait for this rank
 
 
-def main():
+def main(cases, script):
     folder, world_size, device = Path(sys.argv[1]), int(sys.argv[2]), (sys.argv + ["cpu"])[3]
     if len(sys.argv) > 4:
-        run(int(sys.argv[5]), world_size, folder, device, int(sys.argv[4]))
+        run(cases, int(sys.argv[5]), world_size, folder, device, int(sys.argv[4]))
         os._exit(0)
     port = free_port()
     if device == "cuda":
-        command = [sys.executable, __file__, str(folder), str(world_size), device, str(port)]
+        command = [sys.executable, script, str(folder), str(world_size), device, str(port)]
         children = [subprocess.Popen([*command, str(rank)]) for rank in range(world_size)]
         sys.exit(max(child.wait() for child in children))
     torch.set_num_threads(1)  # the threads of OpenMP do not outlive a fork
@@ -605,11 +632,11 @@ def main():
     for rank in range(world_size):
         child = os.fork()
         if child == 0:
-            run(rank, world_size, folder, device, port)
+            run(cases, rank, world_size, folder, device, port)
             os._exit(0)
         children.append(child)
     sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 
 
 if __name__ == "__main__":
-    main()
+    main(CASES, __file__)
