@@ -195,7 +195,7 @@ class Reduction:
     def check_alike(self, named: dict[str, Tensor], options: Iterable[Any]) -> None:
         """Raises on every rank where their parameters, or the options of attach, differ."""
         options = (self.steps, self._reduce_dtype, self._bucket_bytes, *options)
-        _check_alike(named, options, self.process_group)
+        check_alike("attach", named, options, self.process_group)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Gives tensors the values that they have on the first rank of the group."""
@@ -232,16 +232,7 @@ def reduction_of(
                     f"attach: {name} is that of a reduction over ranks: pass process_group too"
                 )
         return None
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError(
-            "attach: process_group needs torch.distributed: call "
-            "torch.distributed.init_process_group() first"
-        )
-    if not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(
-            "attach: process_group must be a torch.distributed.ProcessGroup that this rank is in, "
-            f"as torch.distributed.group.WORLD, got {process_group!r}"
-        )
+    check_process_group("attach", "process_group", process_group)
     if steps is not None and (type(steps) is not int or steps < 1):
         raise ValueError(f"attach: steps must be a positive int or None, got {steps!r}")
     if reduce_dtype not in (None, *REDUCE_DTYPES):
@@ -253,16 +244,38 @@ def reduction_of(
     return Reduction(process_group, steps or 1, reduce_dtype or torch.float32, bucket_bytes)
 
 
-def _check_alike(
-    named: dict[str, Tensor], options: Iterable[Any], process_group: dist.ProcessGroup
+def check_process_group(function: str, option: str, process_group: Any) -> None:
+    """Raises where an option of a function needs a process group, and this is none.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised.
+        TypeError: this rank is not in the group, or it is no group.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            f"{function}: {option} needs torch.distributed: call "
+            "torch.distributed.init_process_group() first"
+        )
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            f"{function}: process_group must be a torch.distributed.ProcessGroup that this rank is "
+            f"in, as torch.distributed.group.WORLD, got {process_group!r}"
+        )
+
+
+def check_alike(
+    function: str,
+    named: dict[str, Tensor],
+    options: Iterable[Any],
+    process_group: dist.ProcessGroup,
 ) -> None:
-    """Raises on every rank where their parameters, or the options of attach, differ.
+    """Raises on every rank where their parameters, or the options of a function, differ.
 
     Raises:
         ValueError: they differ; nothing was changed.
     """
     described = [
-        *(f"{name}: {list(p.shape)}, {p.dtype}" for name, p in named.items()),
+        *(f"{name}: {list(p.shape)}, {p.dtype}, strides {p.stride()}" for name, p in named.items()),
         f"options {list(options)}",
     ]
     digest = hashlib.sha256("\n".join(described).encode()).hexdigest()
@@ -279,7 +292,7 @@ def _check_alike(
     pairs = zip([*ours, *[None] * len(theirs)], [*theirs, *[None] * len(ours)], strict=True)
     mine, its = next((x, y) for x, y in pairs if x != y)
     raise ValueError(
-        f"attach: the ranks of the process group attach different parameters: rank {first} has "
+        f"{function}: the ranks of the process group have different parameters: rank {first} has "
         f"{mine or 'no more'}, rank {other} has {its or 'no more'}"
     )
 

@@ -76,11 +76,17 @@ def _is_covered(param: Tensor) -> bool:
 
 
 def _why_pending(param: Tensor) -> str | None:
-    group, _ = _find(param)
+    group, index = _find(param)
     attachment = group.owner() if group is not None else None
     if attachment is None:
         return None
     if attachment.window in window.shared and not group.hooks.is_reduced():
+        # Nor would torch.distributed.checkpoint get to know what an optimizer keeps, for which it
+        # steps a new one by zeros that it puts into every ``.grad``.
+        main = group.hooks.main_grad(index)
+        is_foreign = param.grad is not None and param.grad.data_ptr() != main.data_ptr()
+        if is_foreign and not attachment.micro_batches():
+            return None
         return (
             "the gradients of this window were not reduced over the ranks, as its last backward "
             "was inside of no_sync(), or there was none: call Accumulator.step(optimizer), or "

@@ -29,10 +29,11 @@ from torch import Tensor
 from gradacc_kernels import buffer
 from gradacc_kernels.hook import PARAM_DTYPES
 from gradacc_kernels.optimizers import HALVES
+from gradacc_kernels.shards import shards_of
 
 # Elements that are restored or rounded at once: 256 MiB of float32.
 BUCKET_ELEMENTS = 64 << 20
-MASTER = "master"
+MASTER, OWNED = "master", "owned"
 
 
 class MasterParams(torch.optim.Optimizer):
@@ -54,17 +55,27 @@ class MasterParams(torch.optim.Optimizer):
             stepped once for each bucket of 64M elements, so it must step every parameter by itself:
             one that measures all of them together (LBFGS, Prodigy), keeps a reference to a
             parameter's memory, or moves parameters before it calls a closure, needs whole masters.
+        zero: share the parameters out over the ranks of a process group: each has masters and
+            optimizer state of its own ones alone, steps these, and sends them to the others. The
+            same bits as without it, if gradients are the same on all ranks, as those are that
+            ``attach(process_group=...)`` has reduced. The optimizer must step every parameter by
+            itself. Every rank makes, steps, loads and switches it, or none.
+        process_group: with zero, whose ranks; None for all.
         **options: of the optimizer: its learning rate and so on.
 
     Attributes:
         inner: the optimizer over the masters. Its groups and state are written from those of this
-            one before a step, and read back after it.
+            one before a step, and read back after it. With zero, over those of this rank.
+        state: that of the optimizer inside. A parameter that was stepped has its ``"master"`` there
+            too, which is empty with low bits; with zero, one of another rank has an empty entry.
         low_bits: as given.
 
     Raises:
         TypeError: optimizer_class is no class of optimizers; params are no floating-point tensors,
-            or tensor subclasses.
-        ValueError: no params; params on the meta device; low_bits with float16 parameters.
+            or tensor subclasses; process_group is none that this rank is in.
+        ValueError: no params; params on the meta device; low_bits with float16 parameters; other
+            params or optimizers on other ranks; process_group without zero.
+        RuntimeError: zero without torch.distributed.
     """
 
     def __init__(
@@ -73,6 +84,8 @@ class MasterParams(torch.optim.Optimizer):
         optimizer_class: type[torch.optim.Optimizer],
         *,
         low_bits: bool = False,
+        zero: bool = False,
+        process_group: Any = None,
         **options: Any,
     ):
         is_class = isinstance(optimizer_class, type)
@@ -87,9 +100,14 @@ class MasterParams(torch.optim.Optimizer):
         self.inner: torch.optim.Optimizer | None = None
         self._masters: dict[Tensor, torch.nn.Parameter] = {}
         self._lows: dict[Tensor, Tensor] = {}
+        self._shards = shards_of(zero, process_group)
         super().__init__(_listed(params), {})
         groups = self.param_groups
-        self._make_masters(param for group in groups for param in group["params"])
+        if self._shards is not None:
+            self._shards.share_out(
+                [group["params"] for group in groups], (optimizer_class.__qualname__, low_bits)
+            )
+        self._make_masters(self._every_param())
         self.inner = optimizer_class(
             [{**group, "params": self._inner_params(group)} for group in groups], **options
         )
@@ -108,21 +126,30 @@ class MasterParams(torch.optim.Optimizer):
 
         Args:
             closure: computes the loss and its gradients anew, as for the optimizer inside. With
-                low bits it is called once, before the step.
+                low bits or zero it is called once, before the step.
 
         Returns:
-            What the optimizer inside, or with low bits the closure, returns.
+            What the optimizer inside, or where the closure was called before it the closure,
+            returns.
 
         Raises:
             RuntimeError: a parameter was cast since its master was made.
         """
+        loss = None
+        if closure is not None and (self.low_bits or self._shards is not None):
+            with torch.enable_grad():
+                loss = closure()
+            closure = None
         self._follow()
         self._push_state()
         try:
             with self._amp_attributes():
-                return (self._step_buckets if self.low_bits else self._step_masters)(closure)
+                result = self._step_buckets() if self.low_bits else self._step_masters(closure)
         finally:
-            self._pull()
+            every = self._every_param(of_all_ranks=True)
+            self._pull(param for param in every if param.grad is not None)
+        self._exchange()
+        return result if loss is None else loss
 
     def _step_masters(self, closure: Callable[[], Any] | None) -> Any:
         masters = self._masters
@@ -144,22 +171,21 @@ class MasterParams(torch.optim.Optimizer):
             self._take_back(masters)
         return result
 
-    def _step_buckets(self, closure: Callable[[], Any] | None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step_buckets(self) -> None:
         stepped = [param for param in self._masters if param.grad is not None]
         self._call_on_buckets(self.inner.step, stepped)
-        return loss
+
+    def _exchange(self) -> None:
+        """With zero, gives every rank the parameters that the others have stepped."""
+        if self._shards is not None:
+            self._shards.exchange()
 
     def _call_on_buckets(self, method: Callable[[], Any], params: Iterable[Tensor]) -> None:
         """Calls a method of the optimizer inside on masters from low bits, bucket by bucket."""
-        every = chain.from_iterable(group["params"] for group in self.param_groups)
-        owners = {param for param in every if param not in self._masters}
+        own_masters = {param for param in self._every_param() if param not in self._masters}
         buckets = _buckets(params)
-        if owners or not buckets:
-            self._push_groups(owners)
+        if own_masters or not buckets:
+            self._push_groups(own_masters)
             method()
         for bucket in buckets:
             # Every bucket starts from the same hyper-parameters, so that an optimizer that counts
@@ -216,6 +242,7 @@ class MasterParams(torch.optim.Optimizer):
                 self._write(self._masters)
         finally:
             self._pull()
+        self._exchange()
 
     def refresh_masters(self) -> None:
         """Makes every master its parameter's value as it is now: master = float32(param).
@@ -254,10 +281,14 @@ class MasterParams(torch.optim.Optimizer):
                 _check(param, self.low_bits)
             if self.inner is None:
                 return
+            if self._shards is not None:
+                self._shards.share_out([group["params"]], ())
             self._make_masters(group["params"])
             self.inner.add_param_group({**group, "params": self._inner_params(group)})
         except Exception:
             self.param_groups.pop()
+            if self._shards is not None:
+                self._shards.take_back(group["params"])
             for param in group["params"]:
                 self._masters.pop(param, None)
                 self._lows.pop(param, None)
@@ -272,6 +303,10 @@ class MasterParams(torch.optim.Optimizer):
         low bits. The plain optimizer loads it too; of a parameter that was not yet stepped the
         entry has only the master, which the Adam family of torch then takes for its own state:
         save after the first step where that matters.
+
+        With zero it is the part of this rank: the entries of others are empty, and ``"owned"``
+        lists the parameters whose entries are here. torch.distributed.checkpoint puts the parts
+        together, as docs/semantics.md shows.
         """
         self._follow()
         state = defaultdict(dict, self.state)
@@ -281,17 +316,25 @@ class MasterParams(torch.optim.Optimizer):
             else:
                 value = master.detach()
             state[param] = {**state.get(param, {}), MASTER: value}
+        params = list(self._every_param(of_all_ranks=True))
+        for param in params:
+            if not self._is_mine(param):
+                state[param] = {}
         own, self.state = self.state, state
         try:
-            return super().state_dict()
+            state_dict = super().state_dict()
         finally:
             self.state = own
+        if self._shards is not None:
+            state_dict[OWNED] = [i for i, param in enumerate(params) if self._is_mine(param)]
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned, with or without low bits, or a plain optimizer's.
 
         The masters of the state are loaded, and the parameters become them, rounded. Where it has
-        none, the parameters as they are now become the masters: load the model first.
+        none, the parameters as they are now become the masters: load the model first. With zero
+        each rank takes what it owns, of its part or of a whole state.
 
         Args:
             state_dict: of the same groups of parameters, on any device.
@@ -306,14 +349,29 @@ class MasterParams(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         loaded = self._masters_in(state_dict)
         self._follow()
-        state = {key: _without_master(entry) for key, entry in state_dict["state"].items()}
-        state = {key: entry for key, entry in state.items() if entry != {}}
-        self.inner.load_state_dict({**state_dict, "state": state})
-        self._pull()
+        self.inner.load_state_dict(self._of_inner(state_dict))
+        self.state.clear()
+        self._pull(() if self._shards is None else self._every_param(of_all_ranks=True))
         self._refresh([param for param in self._masters if param not in loaded])
         self._load_masters(loaded)
+        self._exchange()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    def _of_inner(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """What the optimizer inside has of a state: no masters, and nothing of other ranks."""
+        state, groups = {}, []
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            pairs = zip(saved["params"], group["params"], strict=True)
+            kept = [index for index, param in pairs if self._is_mine(param)]
+            groups.append({**saved, "params": kept})
+        others = set(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+        others.difference_update(chain.from_iterable(group["params"] for group in groups))
+        for key, entry in state_dict["state"].items():
+            entry = _without_master(entry)
+            if entry != {} and key not in others:
+                state[key] = entry
+        return {**state_dict, "state": state, "param_groups": groups}
 
     @torch.no_grad()
     def _load_masters(self, loaded: Mapping[Tensor, Tensor]) -> None:
@@ -339,8 +397,15 @@ class MasterParams(torch.optim.Optimizer):
                 f"load_state_dict: expected groups of {expected} parameters, got {got}: make the "
                 "optimizer with the groups of the one that was saved"
             )
-        masters = {}
+        masters, owned = {}, state_dict.get(OWNED)
         for index, param in zip(chain(*saved), chain(*groups), strict=True):
+            if not self._is_mine(param):
+                continue
+            if owned is not None and index not in owned:
+                raise ValueError(
+                    f"load_state_dict: the state is one rank's part of a sharded one, and lacks "
+                    f"parameter {index}: save and load all parts by torch.distributed.checkpoint"
+                )
             entry = state_dict["state"].get(index, {})
             if not isinstance(entry, Mapping) or MASTER not in entry:
                 continue
@@ -355,18 +420,37 @@ class MasterParams(torch.optim.Optimizer):
         return masters
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what copies and pickles hold: the plain optimizer's, and the masters."""
+        """Returns what copies and pickles hold: the plain optimizer's, and the masters.
+
+        Raises:
+            TypeError: with zero, whose process group has no copy.
+        """
+        if self._shards is not None:
+            raise TypeError(
+                "MasterParams: with zero=True it cannot be copied or pickled, for a process group "
+                "cannot; make another, and load the state_dict() of this one"
+            )
         return {
             **super().__getstate__(),
             "inner": self.inner,
             "low_bits": self.low_bits,
             "_masters": self._masters,
             "_lows": self._lows,
+            "_shards": None,
         }
+
+    def _is_mine(self, param: Tensor) -> bool:
+        """Whether this rank steps a parameter."""
+        return self._shards is None or self._shards.owns(param)
+
+    def _every_param(self, of_all_ranks: bool = False) -> Iterator[Tensor]:
+        """The parameters that this rank steps, or all, in the order of their groups."""
+        every = chain.from_iterable(group["params"] for group in self.param_groups)
+        return every if of_all_ranks else filter(self._is_mine, every)
 
     def _make_masters(self, params: Iterable[Tensor]) -> None:
         for param in params:
-            if param.dtype not in HALVES or param in self._masters:
+            if param.dtype not in HALVES or param in self._masters or not self._is_mine(param):
                 continue
             self._masters[param] = torch.nn.Parameter(param.detach().float())
             if self.low_bits:
@@ -382,7 +466,7 @@ class MasterParams(torch.optim.Optimizer):
 
     def _follow(self) -> None:
         """Moves masters to where their parameters are now."""
-        for param in chain.from_iterable(group["params"] for group in self.param_groups):
+        for param in self._every_param():
             master, low = self._masters.get(param), self._lows.get(param)
             is_half = param.dtype in HALVES
             if is_half != (master is not None) or (low is not None and param.dtype != HALVES[1]):
@@ -432,7 +516,8 @@ class MasterParams(torch.optim.Optimizer):
                 delattr(self.inner, name)
 
     def _inner_params(self, group: dict[str, Any]) -> list[Tensor]:
-        return [self._masters.get(param, param) for param in group["params"]]
+        mine = filter(self._is_mine, group["params"])
+        return [self._masters.get(param, param) for param in mine]
 
     def _push_groups(self, only: Collection[Tensor] | None = None) -> None:
         """Writes the groups of the optimizer inside: all of their parameters, or some."""
@@ -444,10 +529,19 @@ class MasterParams(torch.optim.Optimizer):
     def _push_state(self) -> None:
         self.inner.state.clear()
         for key, entry in self.state.items():
-            self.inner.state[self._masters.get(key, key)] = entry
+            if key in self._masters:
+                entry.pop(MASTER, None)
+            if entry != {}:  # else the optimizer inside has none, or it is another rank's
+                self.inner.state[self._masters.get(key, key)] = entry
 
-    def _pull(self) -> None:
-        """Reads hyper-parameters and state back; the entries of the state are shared."""
+    def _pull(self, stepped: Iterable[Tensor] = ()) -> None:
+        """Reads hyper-parameters and state back; the entries of the state are shared.
+
+        A parameter that was stepped has an entry from then on, also where the optimizer inside or
+        this rank keeps none: torch.distributed.checkpoint steps an optimizer that has no entries,
+        and refuses the parameters that have none.
+        """
+        known = [*self.state, *stepped]  # read before the groups are cleared
         for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             params = group["params"]
             group.clear()
@@ -457,6 +551,11 @@ class MasterParams(torch.optim.Optimizer):
         self.state.clear()
         for key, entry in self.inner.state.items():
             self.state[params.get(key, key)] = entry
+        for param in known:
+            self.state.setdefault(param, {})
+        for param, master in self._masters.items():
+            if param in self.state:
+                self.state[param][MASTER] = master
 
 
 @torch.no_grad()
