@@ -122,7 +122,8 @@ class Accumulator:
         """A context whose backwards add to the window without reducing it over the ranks.
 
         For all micro-batches but the last one of a window, with ``attach(process_group=...)``;
-        without a process group it changes nothing.
+        without a process group it changes nothing: DistributedDataParallel has a ``no_sync()`` of
+        its own.
         """
         attachment = self._attachment
         if attachment.reduction is None:
@@ -150,7 +151,7 @@ class Accumulator:
 
         ``.grad`` becomes a tensor of the parameter's dtype with the sum so far (rounded to it, for
         a 16-bit parameter), or stays None, and ``grad_dtype`` what it was before attach. The
-        buffers are freed.
+        buffers are freed. Nothing is reduced over ranks: call :meth:`reduce` before it.
         """
         attachment = self._reference()
         if attachment is not None:
@@ -222,7 +223,8 @@ class Accumulator:
         Raises:
             TypeError, ValueError: weight is no such number, negative or not finite.
             RuntimeError: inside of another micro_batch; in a window that is averaged already, or
-                with other micro-batches without weights.
+                with other micro-batches without weights; with a weight, where others reduce the
+                gradients over ranks, as DistributedDataParallel does.
         """
         return self._attachment.window.micro_batch(weight)
 

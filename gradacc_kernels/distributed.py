@@ -23,8 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradacc_kernels import dispatch
+
 REDUCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BUCKET_BYTES = 32 << 20
+INSTEAD = (
+    "Leave DistributedDataParallel out, and attach the model by "
+    "gradacc_kernels.attach(model, process_group=torch.distributed.group.WORLD)"
+)
 LISTENS = 5.0  # seconds, a rank whose reduction failed, for the others to say the same
 
 
@@ -215,6 +221,48 @@ class Reduction:
         overlaps = group.nonfinite in ("skip_window", "ignore")
         group.hooks.reduce_with(reducer.bucket_of, reducer.launch, overlaps)
         return reducer
+
+
+def is_hooked(params: Iterable[Tensor]) -> bool | None:
+    """Tells whether what others have put on AccumulateGrad nodes reduces gradients over ranks.
+
+    Nobody can ask such a hook what it does. That of DistributedDataParallel is one, and so are
+    those of most libraries for data parallel training.
+
+    Returns:
+        None without the extension, which alone sees such hooks.
+    """
+    extension = dispatch.extension()
+    return None if isinstance(extension, str) else any(map(extension.has_post_hooks, params))
+
+
+def check_weights(params: Iterable[Tensor]) -> None:
+    """Raises where others reduce gradients over ranks, who know nothing of the weights of a window.
+
+    Raises:
+        RuntimeError: they do, or may do.
+    """
+    has_ranks = dist.is_available() and dist.is_initialized()
+    if has_ranks and is_hooked(params) is not False:
+        raise RuntimeError(
+            "micro_batch: the gradients are averaged over the ranks by DistributedDataParallel (or "
+            "another hook on their AccumulateGrad nodes), and would be divided by the weight of "
+            f"this rank alone. {INSTEAD}, which divides by the weight of all ranks"
+        )
+
+
+def check_reduced_once(params: Iterable[Tensor]) -> None:
+    """Raises where the gradients that we reduce over ranks are reduced by others as well.
+
+    Raises:
+        RuntimeError: they are.
+    """
+    if is_hooked(params):
+        raise RuntimeError(
+            "attach: with process_group the gradients are averaged over the ranks, and "
+            "DistributedDataParallel (or another hook on their AccumulateGrad nodes) would do so "
+            "again: leave out the one or the other"
+        )
 
 
 def reduction_of(

@@ -59,6 +59,11 @@ class _MainGrad:
         group, index = _find(param)
         if group is None:
             raise AttributeError(f"'{owner.__name__}' object has no attribute 'main_grad'")
+        total = group.hooks.current(index)
+        if total is not None and not param.grad.requires_grad:
+            # Another tensor may be in `.grad`, as a bucket view of DistributedDataParallel.
+            if total.data_ptr() != group.buffer.views[index].data_ptr():
+                group.hooks.expose(index)
         return group.hooks.main_grad(index)
 
 
@@ -266,6 +271,8 @@ class _Attachment:
 
     def reduce(self) -> None:
         """Reduces the window as it is, or what is left of it."""
+        if self.reducer.windows == 0:  # what comes after attach is seen here
+            distributed.check_reduced_once(self.params.values())
         hooks = self.groups[0].hooks
         hooks.launch_rest()
         self.reducer.wait()
@@ -654,7 +661,8 @@ def attach(
             positive and finite; an unknown backend or fuse; fuse=True for a list, or for an
             embedding with max_norm or scale_grad_by_freq. Nothing was changed.
         RuntimeError: the backend is not available, inference mode is on, or
-            DistributedDataParallel reduces a 16-bit parameter; nothing was changed.
+            DistributedDataParallel reduces a 16-bit parameter, or any one with process_group;
+            nothing was changed.
     """
     if not isinstance(scale, (int, float)):
         raise TypeError(f"attach: scale must be a number, got {type(scale).__name__}")
@@ -701,6 +709,7 @@ def attach(
             )
     reduction = distributed.reduction_of(process_group, steps, reduce_dtype, bucket_bytes)
     if reduction is not None:
+        distributed.check_reduced_once(params.values())
         reduction.check_alike(params, (float(scale), nonfinite))
     optimizers.watch(_is_covered, _why_pending, _end_windows)
     n_frozen = len(named) - len(params)

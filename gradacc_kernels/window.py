@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradacc_kernels.distributed import check_weights
 from gradacc_kernels.statistics import are_nonfinite, measure, scale_grads_
 
 UNWEIGHTED, AVERAGED = -1.0, -2.0
@@ -160,7 +161,7 @@ class Window:
             if self.nonfinite == "skip_micro_batch":
                 self.commit_held()
             self.check_closed("detach")
-            self._average(None)
+            self._divide()  # no reduction: a garbage collector runs at other times on each rank
         finally:
             self._attachment = lambda: None
             pending.discard(self)
@@ -264,6 +265,8 @@ class Window:
             )
         if self.is_broken:
             raise RuntimeError(BROKEN.format("micro_batch"))
+        if weight is not None and self.attachment.reducer is None:
+            check_weights(self.attachment.params.values())
         unweighted = self._unweighted()
         if (unweighted > 0) if weight is not None else self.is_weighted:
             raise RuntimeError(
@@ -456,9 +459,9 @@ class Window:
         """Divides ``.grad`` by the weight of the window, once; multiplies it by factor as well."""
         self.check_closed("average_")
         self.attachment.ensure_reduced()
-        self._average(factor)
+        self._divide(factor)
 
-    def _average(self, factor: Tensor | None) -> None:
+    def _divide(self, factor: Tensor | None = None) -> None:
         divisor = self.divisor()
         if divisor is not None:
             factor = divisor.reciprocal() if factor is None else factor / divisor

@@ -3,7 +3,8 @@
     python tests/rank_cases.py FOLDER WORLD_SIZE [cpu|cuda]        (or tests/zero_cases.py)
 
 starts the ranks, as forks of this process on the CPU and as processes of their own on GPUs. Rank r
-writes a line of JSON for each case to FOLDER/r: its name, and the traceback where it failed.
+writes a line of JSON for each case to FOLDER/r: its name, and the traceback where it failed. Other
+files of cases call main() too, which runs the cases of the file that was started.
 """
 
 import contextlib
@@ -28,11 +29,11 @@ from torch.utils.checkpoint import checkpoint
 import gradacc_kernels as gk
 from gradacc_kernels import distributed
 
-CASES = {}
+CASES = {}  # those of each file, by its module
 
 
 def case(function):
-    CASES[function.__name__] = function
+    CASES.setdefault(function.__module__, {})[function.__name__] = function
     return function
 
 
@@ -529,6 +530,26 @@ def a_backward_that_raises_in_the_middle_is_told_of(ranks):
 
 
 @case
+def one_rank_alone_detaches(ranks):
+    for backend in ranks.backends:
+        for count in (0, 1):
+            model = ranks.model(torch.float32)
+            accumulator = gk.attach(model, backend=backend, process_group=ranks.group)
+            for x in ranks.batches(count, dtype=torch.float32):
+                with accumulator.no_sync():
+                    backward(model, x)
+            own = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+            if ranks.rank == 0:
+                accumulator.detach()
+                for param, grad in zip(model.parameters(), own, strict=True):
+                    assert grad is None if param.grad is None else param.grad.equal(grad)
+            # What a rank would have sent alone meets this.
+            ranks.assert_same([torch.ones(3, device=ranks.device)])
+            if ranks.rank != 0:
+                accumulator.detach()
+
+
+@case
 def no_bad_argument_changes_anything(ranks):
     model = ranks.model()
     doubles = torch.nn.ModuleList(
@@ -588,7 +609,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run(cases, rank, world_size, folder, device, port):
+def run(rank, world_size, folder, device, port):
     """Runs all cases as one rank."""
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
@@ -604,7 +625,7 @@ def run(cases, rank, world_size, folder, device, port):
     device = torch.device(device, rank if device == "cuda" else None)
     ranks = Ranks(rank, world_size, device, folder)
     with (folder / str(rank)).open("w", buffering=1) as results:
-        for name, function in cases.items():
+        for name, function in CASES["__main__"].items():
             failure = None
             began = time.monotonic()
             try:
@@ -617,14 +638,14 @@ def run(cases, rank, world_size, folder, device, port):
                 break  # the others may wait for this rank
 
 
-def main(cases, script):
+def main():
     folder, world_size, device = Path(sys.argv[1]), int(sys.argv[2]), (sys.argv + ["cpu"])[3]
     if len(sys.argv) > 4:
-        run(cases, int(sys.argv[5]), world_size, folder, device, int(sys.argv[4]))
+        run(int(sys.argv[5]), world_size, folder, device, int(sys.argv[4]))
         os._exit(0)
     port = free_port()
     if device == "cuda":
-        command = [sys.executable, script, str(folder), str(world_size), device, str(port)]
+        command = [sys.executable, sys.argv[0], str(folder), str(world_size), device, str(port)]
         children = [subprocess.Popen([*command, str(rank)]) for rank in range(world_size)]
         sys.exit(max(child.wait() for child in children))
     torch.set_num_threads(1)  # the threads of OpenMP do not outlive a fork
@@ -632,11 +653,11 @@ def main(cases, script):
     for rank in range(world_size):
         child = os.fork()
         if child == 0:
-            run(cases, rank, world_size, folder, device, port)
+            run(rank, world_size, folder, device, port)
             os._exit(0)
         children.append(child)
     sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 
 
 if __name__ == "__main__":
-    main(CASES, __file__)
+    main()

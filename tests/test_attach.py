@@ -77,6 +77,23 @@ def test_an_assigned_tensor_is_copied_then_added_to(hook, grad_dtype):
 
 
 @every_hook
+def test_main_grad_takes_what_was_assigned(hook):
+    device, backend = hook
+    param = parameter([0.0] * 5, device=device)
+    accumulator = gk.attach([param], backend=backend)
+    arrive(param, 3.0)
+    param.grad = assigned = torch.full((5,), 10.0, device=device)
+    param.main_grad.add_(1.0)
+    assert is_main(param.grad, param) and param.grad.tolist() == [11.0] * 5
+    assert assigned.tolist() == [10.0] * 5
+    param.grad = differentiable = torch.ones(5, device=device, requires_grad=True) * 2
+    assert param.main_grad.tolist() == [11.0] * 5 and param.grad is differentiable
+    param.grad = None
+    assert param.main_grad.tolist() == [11.0] * 5 and param.grad is None
+    del accumulator
+
+
+@every_hook
 def test_data_of_grad_replaced_counts_as_assigned(hook):
     device, backend = hook
     param = parameter([0.0] * 5, device=device)

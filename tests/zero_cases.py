@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from hook_cases import parameter
-from rank_cases import main
+from rank_cases import case, main
 from test_master_params import Counting, Swapping, assert_same, same, storage_bytes
 from torch import optim
 from torch.distributed.checkpoint.state_dict import (
@@ -32,12 +32,6 @@ OPTIMIZERS = {
     "Adagrad": (optim.Adagrad, {"lr": 1e-2, "initial_accumulator_value": 0.1}),
     "one that counts": (Counting, {"lr": 1e-2}),
 }
-CASES = {}
-
-
-def case(function):
-    CASES[function.__name__] = function
-    return function
 
 
 def small_messages(function):
@@ -569,4 +563,4 @@ def no_bad_argument_is_taken(ranks):
 
 
 if __name__ == "__main__":
-    main(CASES, __file__)
+    main()
