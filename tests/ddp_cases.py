@@ -8,6 +8,7 @@ every sum is exact in float32 and in bfloat16, in any order: gradients need no t
 
 import contextlib
 import itertools
+from unittest import mock
 
 import torch
 from rank_cases import case, main
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import gradacc_kernels as gk
+from gradacc_kernels import distributed
 
 STOCK = (None, False)
 WAYS = ("ddp", "module", "module before DDP", "list")
@@ -353,6 +355,12 @@ def weights_are_refused(ranks):
         accumulator.step(torch.optim.SGD(trainer.params, lr=0.125))
         ranks.assert_same(trainer.params)
         accumulator.detach()
+    model = Net().to(ranks.device)
+    with gk.attach(model) as accumulator:
+        with accumulator.micro_batch(2.0):
+            pass  # nobody reduces
+        with mock.patch.object(distributed.dispatch, "extension", lambda: "not built"):
+            assert "process_group=" in refusal(RuntimeError, accumulator.micro_batch(2.0).__enter__)
 
 
 @case

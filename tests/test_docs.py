@@ -21,12 +21,16 @@ def rows(text):
 
 @functools.cache
 def functions_of(path):
-    """The test functions of a file, without importing it; none where there is no file."""
+    """The tests of a file, or its cases, without importing it; none where there is no file."""
     if not path.exists():
         return set()
     body = ast.parse(path.read_text()).body
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    return {n.name for n in body if isinstance(n, functions) and n.name.startswith("test_")}
+    functions = [n for n in body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return {
+        f.name
+        for f in functions
+        if f.name.startswith("test_") or any(ast.unparse(d) == "case" for d in f.decorator_list)
+    }
 
 
 def missing(text):
@@ -52,5 +56,10 @@ def test_every_row_names_a_test_and_has_a_verdict():
 
 def test_a_name_that_does_not_exist_is_found():
     text = "`tests/test_docs.py::test_of_nothing` `tests/test_none.py::test_a` "
-    text += "`tests/test_docs.py::test_every_named_test_exists`"
-    assert missing(text) == ["tests/test_docs.py::test_of_nothing", "tests/test_none.py::test_a"]
+    text += "`tests/test_docs.py::test_every_named_test_exists` "
+    text += "`tests/ddp_cases.py::forms` `tests/ddp_cases.py::bucket_views`"
+    assert missing(text) == [
+        "tests/ddp_cases.py::forms",
+        "tests/test_docs.py::test_of_nothing",
+        "tests/test_none.py::test_a",
+    ]
