@@ -3,6 +3,7 @@
     pip install rich matplotlib
     python examples/train_lm.py              # one to two minutes on a CPU core
     python examples/train_lm.py --quick      # a few seconds
+    torchrun --nproc_per_node=2 examples/train_lm.py --distributed
 
 The text is the source code of Python's own standard library, byte by byte. One optimizer step takes
 a window of K micro-batches, and the three ways differ in how the window's gradient comes about:
@@ -13,10 +14,15 @@ a window of K micro-batches, and the three ways differ in how the window's gradi
 
 All start from the same weights and are given the same windows. ``--out`` receives train_lm.png, the
 gradient's error against K, and train_lm.json, all the numbers.
+
+With ``--distributed`` the processes of torchrun share each window: every rank takes K / R of its
+micro-batches, and gradients become their mean over the ranks. PyTorch's way sums them over the
+ranks by an all_reduce of each .grad, attach by ``process_group=`` while the last backward runs.
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import sysconfig
@@ -25,6 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm as norm
@@ -60,6 +67,29 @@ CONFIGS = {
     "cuda": Config(384, 4, 6, 256, 4, steps=80, micro_batches=32, sweep=256, lr=2e-3),
     "quick": Config(64, 1, 2, 64, 1, steps=30, micro_batches=8, sweep=32, lr=1e-2),
 }
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Which of how many processes this one is."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def share(batches: Tensor) -> Tensor:
+    """The part of the batches that is this rank's."""
+    rank, size = rank_and_size()
+    return batches[rank::size]
+
+
+def average_(tensors: list[Tensor]) -> list[Tensor]:
+    """Replaces tensors by their means over the ranks, in their own dtype, and returns them."""
+    _, size = rank_and_size()
+    if size > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= size
+    return tensors
 
 
 class Block(nn.Module):
@@ -134,6 +164,7 @@ class Way:
 
     def __init__(self, name: str, config: Config, seed: int, device: str, full_batch=False):
         self.name = name
+        self.device = device
         self.full_batch = full_batch
         torch.manual_seed(seed)
         self.model = LanguageModel(config).to(device, torch.bfloat16)
@@ -146,6 +177,7 @@ class Way:
 
     def train(self, window: Tensor) -> None:
         """One optimizer step on a window: [K, sequences, context + 1]."""
+        window = share(window)
         batches = window.flatten(0, 1)[None] if self.full_batch else window
         total = 0.0
         for batch in batches:
@@ -156,10 +188,17 @@ class Way:
             elapsed = time.perf_counter() - start
             self.times.append(1e3 * elapsed * len(batches) / len(window))
         self.losses.append(total)
+        if self.name != "attach":  # whose gradients the last backward has averaged
+            average_([param.grad for param in self.model.parameters()])
         self.grad_bytes = grad_bytes(self.model)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.model.zero_grad()
+
+    def training_loss(self) -> float:
+        """Returns the mean loss of the last ten windows."""
+        losses = torch.tensor(self.losses[-10:], dtype=torch.float64, device=self.device)
+        return average_([losses])[0].mean().item()
 
     @torch.no_grad()
     def test(self, batches: Tensor) -> float:
@@ -207,17 +246,26 @@ class ExactSum:
         self.magnitudes[i] += grad.abs()
 
     def error_of(self, model: nn.Module) -> float:
-        """|grad - sum| / |sum|, in L2 over all parameters."""
-        pairs = zip(model.parameters(), self.sums, strict=True)
-        return (norm([param.grad - total for param, total in pairs]) / norm(self.sums)).item()
+        """|grad - sum| / |sum|, in L2 over all parameters; of the means of R ranks."""
+        grads = average_([param.grad.clone() for param in model.parameters()])
+        sums = average_([total.clone() for total in self.sums])
+        errors = [grad - total for grad, total in zip(grads, sums, strict=True)]
+        return (norm(errors) / norm(sums)).item()
 
     def bound(self, k: int) -> float:
-        """The same for any float32 sum of k terms, at the most: (k + 1) 2^-24 sum|terms|."""
-        return (k + 1) * 2.0**-24 * (norm(self.magnitudes) / norm(self.sums)).item()
+        """The same for any float32 sum of k terms, at the most: (k + R) 2^-24 sum|terms|."""
+        _, size = rank_and_size()
+        sums, magnitudes = (
+            average_([total.clone() for total in totals]) for totals in (self.sums, self.magnitudes)
+        )
+        return (k + size) * 2.0**-24 * (norm(magnitudes) / norm(sums)).item()
 
 
 def gradient_errors(ways: list[Way], batches: Tensor, ks: list[int]) -> dict[str, list]:
     """Errors of the sum of the first k micro-batch gradients, for each k, at equal weights.
+
+    Each rank has k / R of them. What attach has averaged in between stays as it is when averaged
+    again.
 
     Against the float64 sum of the very bfloat16 gradients that autograd made. So the error of the
     first two ways is what summation did; that of the third, in float32 throughout (and here with
@@ -229,7 +277,8 @@ def gradient_errors(ways: list[Way], batches: Tensor, ks: list[int]) -> dict[str
     exact = {way.name: ExactSum(way.model) for way in (pytorch, attached)}
     exact[full_batch.name] = exact[pytorch.name]
     errors = {"k": ks, "bound": [], **{way.name: [] for way in ways}}
-    for k, batch in enumerate(batches, 1):
+    _, size = rank_and_size()
+    for k, batch in zip(range(size, len(batches) + 1, size), share(batches), strict=True):
         for way in ways:
             way.model(batch).backward()
         if k in ks:
@@ -310,6 +359,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", default="auto", help="of attach: auto, cuda, triton, ...")
     parser.add_argument("--quick", action="store_true", help="a tiny model, a few seconds")
+    parser.add_argument("--distributed", action="store_true", help="as a rank of torchrun")
     arguments = parser.parse_args()
     kind = arguments.device.split(":")[0]
     if kind not in ("cpu", "cuda"):
@@ -321,29 +371,52 @@ def parse_arguments() -> tuple[argparse.Namespace, Config]:
     config.micro_batches = arguments.micro_batches or config.micro_batches
     if min(config.steps, config.micro_batches) < 1:
         parser.error("--steps and --micro-batches must be positive")
+    if arguments.distributed and "LOCAL_RANK" not in os.environ:
+        parser.error("--distributed: start it by torchrun --nproc_per_node=2 examples/train_lm.py")
+    size = int(os.environ["WORLD_SIZE"]) if arguments.distributed else 1
+    if config.micro_batches % size:
+        parser.error(f"--micro-batches must be a multiple of the {size} ranks")
     return arguments, config
+
+
+def join_ranks(kind: str) -> str:
+    """Makes this process a rank of torchrun's; returns its device."""
+    if kind == "cpu":
+        dist.init_process_group("gloo")
+        return kind
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    return str(device)
 
 
 def main() -> None:
     """Trains, measures, and reports."""
     arguments, config = parse_arguments()
+    device, reduction = arguments.device, {}
+    if arguments.distributed:
+        device = join_ranks(device.split(":")[0])
+        steps = config.micro_batches // dist.get_world_size()
+        reduction = {"process_group": dist.group.WORLD, "steps": steps}
+    rank, size = rank_and_size()
     training, held_out = read_standard_library()
     generator = torch.Generator().manual_seed(arguments.seed)
-    console = Console()
+    console = Console(quiet=rank > 0)
     torch.set_num_threads(1)  # micro-batches this small gain little, and a busy machine gains much
     k = config.micro_batches
 
     def sample(text: Tensor, count: int) -> Tensor:
         shape = (count, config.sequences, 1)
         starts = torch.randint(len(text) - config.context, shape, generator=generator)
-        return text[starts + torch.arange(config.context + 1)].long().to(arguments.device)
+        return text[starts + torch.arange(config.context + 1)].long().to(device)
 
     ways = [
-        Way("PyTorch", config, arguments.seed, arguments.device),
-        Way("attach", config, arguments.seed, arguments.device),
-        Way("full batch", config, arguments.seed, arguments.device, full_batch=True),
+        Way("PyTorch", config, arguments.seed, device),
+        Way("attach", config, arguments.seed, device),
+        Way("full batch", config, arguments.seed, device, full_batch=True),
     ]
-    gk.attach(ways[1].model, backend=arguments.backend)  # the one line that differs
+    # The one line that differs.
+    gk.attach(ways[1].model, backend=arguments.backend, **reduction)
 
     with Progress(console=console) as progress:
         for _ in progress.track(range(config.steps), description="training"):
@@ -355,23 +428,37 @@ def main() -> None:
     rows = [
         {
             "way": way.name,
-            "training loss": statistics.mean(way.losses[-10:]),
+            "training loss": way.training_loss(),
             "held-out loss": way.test(tests),
             "ms a micro-batch": statistics.median(way.times),
             "gradient bytes": way.grad_bytes,
         }
         for way in ways
     ]
-    ks = sorted({k} | {2**i for i in range(config.sweep.bit_length())})
+    ks = sorted({k} | {2**i for i in range(config.sweep.bit_length()) if 2**i % size == 0})
     errors = gradient_errors(ways, sample(training, ks[-1]), ks)
     for row in rows:
         row["gradient error"] = errors[row["way"]][ks.index(k)]
     print_results(rows, k, console)
+    if rank == 0:
+        write(arguments, config, rows, errors, console)
+    if arguments.distributed:
+        dist.destroy_process_group()
 
+
+def write(
+    arguments: argparse.Namespace,
+    config: Config,
+    rows: list[dict],
+    errors: dict[str, list],
+    console: Console,
+) -> None:
+    """Writes the picture and the numbers."""
     arguments.out.mkdir(parents=True, exist_ok=True)
     plot(errors, arguments.out / "train_lm.png")
     report = {
         "torch": torch.__version__,
+        "ranks": rank_and_size()[1],
         "arguments": {name: str(value) for name, value in vars(arguments).items()},
         "config": asdict(config),
         "ways": rows,
