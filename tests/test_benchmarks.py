@@ -1,5 +1,6 @@
 """Tests of what the benchmarks count with: shapes, ways and their check, targets, timers."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import accumulate_ways  # noqa: E402
 import bench_accumulate  # noqa: E402
 import bench_multi_tensor  # noqa: E402
 import counters  # noqa: E402
+import model_ranks  # noqa: E402
 import render  # noqa: E402
 import resnet  # noqa: E402
 import shapes  # noqa: E402
@@ -83,6 +85,88 @@ def test_every_way_passes_its_check_twice(monkeypatch, sizes, dtype):
         for _ in range(2):
             buffers.keep(way.buffers)
             accumulate_ways.check(way, buffers)
+
+
+IDEAL = model_ranks.Figures(
+    elements=1000,
+    layers=4,
+    forward_s=1.0,
+    backward_s=2.0,
+    node_bandwidth=1000.0,
+    network_bandwidth=100.0,
+    least_s=0.0,
+    latency=0.0,
+    bucket_bytes=model_ranks.DDP_BUCKET,
+)
+
+
+def model(**figures):
+    return dataclasses.replace(IDEAL, **figures)
+
+
+def test_a_modelled_collective_is_the_one_computed_by_hand():
+    assert model_ranks.all_reduce(IDEAL, 8, 1000) == pytest.approx(2 * 7 / 8)
+    assert model_ranks.half_reduce(IDEAL, 8, 1000) == pytest.approx(7 / 8)
+    # The eight NICs of a node bring 800 bytes a second.
+    assert model_ranks.all_reduce(IDEAL, 16, 1000) == pytest.approx(2 * 15 / 16 / 0.8)
+    assert model_ranks.all_reduce(model(network_bandwidth=1e9), 16, 1000) == pytest.approx(1.875)
+    slow = model(latency=1.0, node_bandwidth=1e30, network_bandwidth=1e30)
+    assert model_ranks.all_reduce(slow, 2, 1000) == pytest.approx((8.4 + 2 * 3.4) * 1e-6)
+    assert model_ranks.half_reduce(slow, 16, 1000) == pytest.approx((14 + 13 * 1.9 + 8) * 1e-6)
+    tree = 14 + 2 * (7 * 1.25 + 7 * 8.5)
+    assert model_ranks.all_reduce(slow, 1024, 1000) == pytest.approx(tree * 1e-6)
+    assert model_ranks.all_reduce(model(least_s=9.0), 2, 1) == 9
+
+
+def test_what_a_model_exposes_is_what_outlasts_the_backward():
+    def even(n, seconds, backward_s):
+        return model_ranks.exposed([seconds] * n, [(i + 1) / n for i in range(n)], backward_s)
+
+    for n in (1, 2, 7):
+        for seconds in (0.01, 0.3, 5.0):
+            closed = max(seconds, n * seconds - (2.0 - 2.0 / n))
+            assert even(n, seconds, 2.0) == pytest.approx(closed)
+    # 4000 bytes in buckets of 3000 and 1000, ready after 3/4 of the backward and at its end.
+    cost = model_ranks.reduced(model(node_bandwidth=2000.0), 2, 4, 3000)
+    assert (cost.nbytes, cost.busy_s, cost.exposed_s) == pytest.approx((4000, 2.0, 1.5))
+
+
+def test_limits_of_the_model_of_ranks():
+    alone = model_ranks.ways(IDEAL, 1, 16).values()
+    assert {(cost.nbytes, cost.busy_s, cost.exposed_s) for cost in alone} == {(0, 0, 0)}
+    for ranks in (2, 8, 64, 1024):
+        for figures in (IDEAL, model_ranks.Figures()):
+            costs = model_ranks.ways(figures, ranks, 16)
+            for cost in costs.values():
+                assert 0 < cost.exposed_s <= cost.busy_s
+            best = costs["attach, float32, best buckets"].exposed_s
+            assert best <= costs["attach, float32"].exposed_s
+        costs = model_ranks.ways(IDEAL, ranks, 16)
+        ours, each = costs["attach, float32"], costs[model_ranks.EACH]
+        assert ours.nbytes == each.nbytes / 16 and ours.exposed_s == each.exposed_s / 16
+
+
+def test_the_model_of_ranks_reads_what_was_measured(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "ranks.json"
+    calls = [{"bytes": 10**9, "seconds": 0.004}, {"bytes": 8, "seconds": 2e-5}]
+    found = {"ranks": 2, "all_reduce": calls, "elements": 10**9}
+    found["micro_batches"] = [
+        {"tokens": tokens, "forward_s": tokens * 1e-6, "backward_s": tokens * 2e-6}
+        for tokens in (256, 2048)
+    ]
+    path.write_text(json.dumps(found))
+    figures = model_ranks.measured(path, 2048)
+    assert figures["node_bandwidth"] == 2.5e11 and figures["least_s"] == 2e-5
+    assert (figures["backward_s"], figures["elements"]) == (2048 * 2e-6, 10**9)
+    with pytest.raises(ValueError, match="got no 512"):
+        model_ranks.measured(path, 512)
+    monkeypatch.setattr(sys, "argv", ["model_ranks", str(path), "--network-bandwidth", "25e9"])
+    model_ranks.main()
+    said = capsys.readouterr().out
+    assert said.startswith("A MODEL") and said.count("attach, float32, best") == 9
+    for name, source in (("node_bandwidth", "measured"), ("network_bandwidth", "given")):
+        assert [name, source] in [line.split()[:2] for line in said.splitlines()]
+    assert ["latency", "assumed"] in [line.split()[:2] for line in said.splitlines()]
 
 
 def test_a_wrong_element_and_a_wrong_norm_fail_the_check():
