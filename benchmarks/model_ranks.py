@@ -16,9 +16,8 @@ left out, and so is whatever else runs on the network:
 
 An all-reduce is a ring or a tree, a reduce-scatter or all-gather half a ring. Launch, the steps
 over NVLink and over the network and the share of B are NCCL's, RINGS and TREES below. In one node M
-counts as 0, and there are rings only. B is the bus bandwidth of nccl-tests. Every
-ring crosses from a node to the next once, and those of a node share all its NICs, so that B has G
-of them.
+counts as 0, and there are rings only. B is the bus bandwidth of nccl-tests. Every ring crosses from
+a node to the next once, and those of a node share all its NICs, so that B has G of them.
 
 The n buckets of a backward that takes t are ready at t / n, 2 t / n, ... t, in proportion to their
 bytes, and travel one after another. What of them ends after the backward is exposed: with equal

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -54,9 +55,17 @@ def test_two_ranks_train_as_one_process(tmp_path):
     assert all(map(float.__lt__, errors["attach"], errors["bound"]))
 
 
-def test_a_rank_without_torchrun_is_told_of_it(tmp_path):
-    pytest.importorskip("rich")
-    pytest.importorskip("matplotlib")
-    process = start(tmp_path, SCRIPT, "--distributed")
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 2 and "torchrun" in said
+def test_a_rank_without_torchrun_is_told_of_it(monkeypatch, capsys):
+    for module in ("rich", "matplotlib"):
+        pytest.importorskip(module)
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "--device", "cpu", "--distributed"])
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    parse_arguments = runpy.run_path(SCRIPT)["parse_arguments"]
+    with pytest.raises(SystemExit):
+        parse_arguments()
+    assert "start it by torchrun" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit):
+        parse_arguments()
+    assert "a multiple of the 3 ranks" in capsys.readouterr().err
