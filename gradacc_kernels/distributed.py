@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradacc_kernels import dispatch
+from gradacc_kernels import dispatch, stalls
 
 REDUCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BUCKET_BYTES = 32 << 20
@@ -31,7 +30,6 @@ INSTEAD = (
     "Leave DistributedDataParallel out, and attach the model by "
     "gradacc_kernels.attach(model, process_group=torch.distributed.group.WORLD)"
 )
-LISTENS = 5.0  # seconds, a rank whose reduction failed, for the others to say the same
 
 
 class Reducer:
@@ -67,8 +65,12 @@ class Reducer:
             scratch = torch.empty_like(flat, dtype=reduce_dtype)
             self._travelling = [scratch[begin:end] for begin, end in bounds]
         # gloo has no average.
-        self._averages = dist.get_backend(process_group) == "nccl"
+        self._averages = stalls.backend_of(process_group, flat.device) == "nccl"
         self._under_way: list[tuple[int, dist.Work]] = []
+        self._watch: stalls.Watch | None = None
+        if self._averages:
+            timeout = stalls.timeout_of(process_group, flat.device)
+            self._watch = stalls.Watch(process_group, timeout)
         self.has_reduced = False
         self.windows = 0
 
@@ -84,7 +86,7 @@ class Reducer:
             if travelling is not self._mains[bucket]:
                 travelling.copy_(self._mains[bucket])
             with self._telling(bucket):
-                self._under_way.append((bucket, self._all_reduce(travelling)))
+                self._under_way.append((bucket, self._all_reduce(travelling, bucket)))
 
     def wait(self) -> None:
         """Has the current stream wait for what was launched, and brings it into the main gradients.
@@ -106,48 +108,39 @@ class Reducer:
     def average(self, value: Tensor) -> None:
         """Replaces a tensor by its mean over the ranks; the current stream waits for it."""
         with self._telling(None):
-            self._all_reduce(value.view(-1)).wait()
+            self._all_reduce(value.view(-1), None).wait()
         if not self._averages:
             value.mul_(1 / self.world_size)
 
-    def _all_reduce(self, tensor: Tensor) -> dist.Work:
+    def _all_reduce(self, tensor: Tensor, bucket: int | None) -> dist.Work:
         operation = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
-        return dist.all_reduce(tensor, operation, self.process_group, async_op=True)
+        work = dist.all_reduce(tensor, operation, self.process_group, async_op=True)
+        # One that is captured into a CUDA graph never ends, nor may it be asked.
+        if self._watch is not None and not torch.cuda.is_current_stream_capturing():
+            self._watch.add(*self._name(bucket), work)
+        return work
+
+    def _name(self, bucket: int | None) -> tuple[int, str]:
+        """The number of a reduction, and what of it is under way; weights come after buckets."""
+        if bucket is None:
+            return self.windows, "the weights"
+        return self.windows + 1, f"bucket {bucket} of {len(self._mains)}"
 
     @contextlib.contextmanager
     def _telling(self, bucket: int | None) -> Iterator[None]:
         """Says which bucket and which ranks it was where a collective fails."""
+        if self._watch is not None and self._watch.failure is not None:
+            raise RuntimeError(self._watch.failure)
         try:
             yield
         except RuntimeError as error:
-            what = "the weights" if bucket is None else f"bucket {bucket} of {len(self._mains)}"
-            rank = dist.get_rank(self.process_group)
+            reduction, what = self._name(bucket)
+            missing = stalls.missing_after_error(self.process_group, reduction, what)
             raise RuntimeError(
-                f"gradacc_kernels: rank {rank} could not reduce {what} in reduction "
-                f"{self.windows + 1}: {_missing_ranks(self, what)}. What the ranks hold differs "
-                f"now: restart them from a checkpoint ({error})"
+                f"gradacc_kernels: rank {dist.get_rank(self.process_group)} could not reduce "
+                f"{what} in reduction {reduction}: {missing}. What the ranks hold differs now: "
+                f"restart them from a checkpoint ({error})"
             ) from error
-
-
-def _missing_ranks(reducer: Reducer, where: str) -> str:
-    """Tells which ranks do not answer: each that fails says so in the store, and looks for others.
-
-    Costs nothing before a failure.
-    """
-    try:
-        store = dist.PrefixStore("gradacc_kernels", dist.distributed_c10d._get_default_store())
-        ranks = dist.get_process_group_ranks(reducer.process_group)
-        key = f"{reducer.process_group.group_name}/{reducer.windows}"
-        store.set(f"{key}/{dist.get_rank()}", where)
-        missing, end = ranks, time.monotonic() + LISTENS
-        while missing and time.monotonic() < end:
-            missing = [rank for rank in missing if not store.check([f"{key}/{rank}"])]
-            time.sleep(0.05)
-    except (RuntimeError, dist.DistError, AttributeError) as error:
-        return f"and the store of the process group does not answer (rank 0 may be gone: {error})"
-    if not missing:
-        return "all ranks failed"
-    return f"rank {', '.join(map(str, missing))} did not come as far, or is gone"
 
 
 def _bucket(ends: Sequence[int], elements: int) -> tuple[list[int], list[tuple[int, int]]]:

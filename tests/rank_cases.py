@@ -19,6 +19,7 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import oracle
 import torch
@@ -27,7 +28,7 @@ from hook_cases import Raise, backward, mlp
 from torch.utils.checkpoint import checkpoint
 
 import gradacc_kernels as gk
-from gradacc_kernels import distributed
+from gradacc_kernels import stalls
 
 CASES = {}  # those of each file, by its module
 
@@ -140,6 +141,19 @@ def mean_local(ranks, model, count):
         for total, grad in zip(sums, torch.autograd.grad(loss, params), strict=True):
             total.add(grad)
     return sums
+
+
+@case
+def a_process_group_of_several_backends(ranks):
+    is_cpu = ranks.device.type == "cpu"
+    group = dist.new_group(backend="cpu:gloo" if is_cpu else "cpu:gloo,cuda:nccl")
+    model = ranks.model()
+    expected = mean_sum(ranks, model, 1)
+    accumulator = gk.attach(model, process_group=group)
+    assert accumulator._attachment.reducer._averages == (not is_cpu)
+    backward(model, ranks.batches(1)[0])
+    assert_reduced(ranks, model, expected)
+    accumulator.detach()
 
 
 @case
@@ -584,9 +598,9 @@ def no_bad_argument_changes_anything(ranks):
 @case
 def a_rank_that_lags_is_named(ranks):
     if ranks.device.type != "cpu":
-        return  # NCCL ends the process
+        return  # a lost_rank.py of its own, as NCCL ends the process
     group = dist.new_group(timeout=timedelta(seconds=1))
-    distributed.LISTENS = 1.0
+    stalls.LISTENS = 1.0
     model = ranks.model(torch.float32)
     accumulator = gk.attach(model, process_group=group, bucket_bytes=1)
     x = ranks.batches(1, dtype=torch.float32)[0]
@@ -601,6 +615,33 @@ def a_rank_that_lags_is_named(ranks):
     else:
         raise AssertionError("reduced without rank 1")
     assert accumulator is not None
+
+
+@case
+def a_watch_names_the_rank_that_is_missing(ranks):
+    assert stalls.timeout_of(ranks.group, ranks.device) == 60
+    missing = ranks.world_size - 1
+    dist.barrier()  # ranks that launch within half of that time know of each other
+    watch = stalls.Watch(ranks.group, 2.0)
+    if ranks.rank != missing:
+        watch.add(1, "bucket 3 of 6", SimpleNamespace(is_completed=lambda: False))
+        end = time.monotonic() + 20
+        while watch.failure is None and time.monotonic() < end:
+            time.sleep(0.01)
+        said = f"for bucket 3 of 6 in reduction 1: rank {missing} did not come as far, or is gone"
+        assert said in str(watch.failure), watch.failure
+    dist.barrier()
+    watch.failure = watch.failure or "told by another rank"
+    model = ranks.model()
+    accumulator = gk.attach(model, process_group=ranks.group)
+    accumulator._attachment.reducer._watch = watch
+    try:
+        backward(model, ranks.batches(1)[0])
+    except RuntimeError as error:
+        assert str(error) == watch.failure
+    else:
+        raise AssertionError("went on after the failure")
+    accumulator.detach()
 
 
 def free_port():
