@@ -24,6 +24,11 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end generated -->
     queue DEVICE              adding at once or waiting for a common launch: queue_DEVICE.json
     counters DEVICE           what bounds the elementwise kernels: counters_DEVICE.json
     master_params DEVICE      losses with float32 masters: master_params_DEVICE.json
+    ranks DEVICE              windows on several GPUs: ranks_DEVICE.json
+    ranks DEVICE buckets      the sizes of buckets
+    ranks DEVICE costs        a collective by its size, and the passes of a micro-batch
+
+A block of ranks says that it was not measured where there is no such file.
 """
 
 from __future__ import annotations
@@ -678,6 +683,108 @@ def counters_block(device: str) -> str:
     return table(list(COUNTERS), lines, results)
 
 
+FAMILIES_OF_RANKS = {"bf16": "bfloat16 parameters", "autocast": "autocast", "fsdp2": ""}
+
+
+def ranks_block(device: str, *options: str) -> str:
+    """Returns the block ``ranks DEVICE [buckets|costs]``."""
+    tables = {(): windows_table, ("buckets",): buckets_table, ("costs",): costs_tables}
+    if options not in tables:
+        raise RenderError(f"ranks DEVICE takes buckets or costs, got {' '.join(options)}")
+    if not (RESULTS / f"ranks_{device}.json").is_file():
+        return "Not measured yet.\n"
+    return tables[options](load(f"ranks_{device}"))
+
+
+def windows_table(results: dict) -> str:
+    """Returns the table of all ways, by the tokens of a micro-batch."""
+    rows = [r for r in results["rows"] if r["section"] != "buckets"]
+    counts = sorted({r["micro_batches"] for r in rows})
+    columns = [f"tokens/s of {results['world_size']} GPUs", *(f"K={count}" for count in counts)]
+    columns += ["reduction alone", "exposed, K=1", "share", "peak GB", "reserved GB"]
+    lines = []
+    for tokens in dict.fromkeys(r["tokens"] for r in rows):
+        lines.append([f"*{tokens} tokens a micro-batch*", *(len(columns) - 1) * [""]])
+        ways: dict[tuple, dict[int, dict]] = {}
+        for r in rows:
+            if r["tokens"] == tokens:
+                way = r["section"], r["role"], r["family"], r["name"]
+                ways.setdefault(way, {})[r["micro_batches"]] = r
+        for (section, role, family, name), by_count in ways.items():
+            again = "once more" if (section, role) == ("options", "ours") else ""
+            title = ", ".join(filter(None, [name, FAMILIES_OF_RANKS[family], again]))
+            line = [escape(title), *window_cells(by_count, counts)]
+            lines.append(bold(line) if (section, role) == ("ways", "ours") else line)
+        lines += rank_ratios(ways, counts, len(columns))
+    return table(columns, lines, results)
+
+
+def window_cells(by_count: dict[int, dict], counts: Sequence[int]) -> list[str]:
+    """Returns the cells of a way: its speed by micro-batches, its reduction and its memory."""
+    cells = [f"{by_count[k]['tokens_per_s']:,.0f}" if k in by_count else "" for k in counts]
+    one = by_count.get(1, {})
+    cells += [duration(one[key]) if key in one else "" for key in ("reduction_us", "exposed_us")]
+    cells.append(f"{one['exposed_share']:.0%}" if "exposed_share" in one else "")
+    for key in ("allocated_bytes", "reserved_bytes"):
+        peaks = [r[key] for r in by_count.values() if r[key] is not None]
+        cells.append(f"{max(peaks) / 1e9:.1f}" if peaks else "")
+    return cells
+
+
+def rank_ratios(
+    ways: dict[tuple, dict[int, dict]], counts: Sequence[int], width: int
+) -> list[list[str]]:
+    """Returns lines of our speed over that of each peer, the faster one of FSDP2's ways."""
+    rates: dict[tuple, float] = {}
+    for (section, role, family, _), by_count in ways.items():
+        for count, r in by_count.items() if section == "ways" else ():
+            key = role, family, count
+            rates[key] = max(rates.get(key, 0.0), r["tokens_per_s"])
+    lines = []
+    for family in ("bf16", "autocast"):
+        for peer, name in ((("ddp", family), "DDP"), (("fsdp2", "fsdp2"), "FSDP2's best")):
+            pairs = [(rates.get(("ours", family, k)), rates.get((*peer, k))) for k in counts]
+            ratios = [f"{own / other:.3f}" if own and other else "" for own, other in pairs]
+            if any(ratios):
+                title = f"attach / {name}, {FAMILIES_OF_RANKS[family]}"
+                lines.append([title, *ratios, *(width - 1 - len(ratios)) * [""]])
+    return lines
+
+
+def buckets_table(results: dict) -> str:
+    """Returns the table of bucket sizes: a window of one micro-batch."""
+    rows = [r for r in results["rows"] if r["section"] == "buckets"]
+    lengths = list(dict.fromkeys(r["tokens"] for r in rows))
+    by_case = {(r["bucket_bytes"], r["tokens"]): r for r in rows}
+    columns = ["buckets of"]
+    for tokens in lengths:
+        columns += [f"window, T={tokens}", "exposed", "share"]
+    lines = []
+    for n_bytes in sorted({r["bucket_bytes"] for r in rows}):
+        line = [binary(n_bytes)]
+        for r in (by_case.get((n_bytes, tokens)) for tokens in lengths):
+            line += [time_of(r), *(window_cells({1: r}, [1])[2:4] if r else ["", ""])]
+        lines.append(line)
+    return table(columns, lines, results)
+
+
+def costs_tables(results: dict) -> str:
+    """Returns the tables of all_reduce, and of forward and backward."""
+    lines = [
+        [binary(r["bytes"]), duration(r["seconds"] * 1e6), f"{r['bus_gb_per_s']:.1f}"]
+        for r in results["all_reduce"]
+    ]
+    passes = [
+        [
+            f"T={r['tokens']}, {FAMILIES_OF_RANKS[r['family']]}",
+            *(duration(r[key] * 1e6) for key in ("forward_s", "backward_s")),
+        ]
+        for r in results["micro_batches"]
+    ]
+    collective = table(["all\\_reduce of float32", "time", "bus GB/s"], lines, results)
+    return collective + "\n" + table(["a micro-batch", "forward", "backward"], passes, results)
+
+
 def rates_of(results: dict) -> str:
     """Returns the sentence that says where the floors come from."""
     rates = results["rates"]
@@ -702,6 +809,7 @@ BLOCKS = {
     "hook": hook_block,
     "queue": queue_block,
     "counters": counters_block,
+    "ranks": ranks_block,
 }
 
 

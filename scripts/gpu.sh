@@ -8,6 +8,7 @@
 #   close        closing a window                   memory       bytes a parameter
 #   hook         what a hook costs the host          queue        adding at once or waiting
 #   master_params  training with float32 masters     counters     what bounds the elementwise kernels
+#   ranks        windows on all GPUs, against DDP and FSDP2
 #
 # Builds the extension in place first, for the GPU that is there, unless one lies there already.
 # Exits with 1 when a part failed; the others run all the same.
@@ -52,6 +53,9 @@ for part in "$@"; do
     close) benchmark close benchmarks/bench_close.py ;;
     memory) benchmark memory benchmarks/bench_memory.py ;;
     master_params) benchmark master_params benchmarks/bench_master_params.py ;;
+    ranks)
+      benchmark ranks -m torch.distributed.run --nproc_per_node=gpu benchmarks/bench_ranks.py
+      ;;
     eager) benchmark eager benchmarks/bench_training.py --eager ;;
     *)
       echo "gpu.sh: unknown part $part" >&2

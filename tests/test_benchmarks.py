@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rank_cases import free_port
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import accumulate_ways  # noqa: E402
 import bench_accumulate  # noqa: E402
 import bench_multi_tensor  # noqa: E402
+import bench_ranks  # noqa: E402
 import counters  # noqa: E402
 import model_ranks  # noqa: E402
 import render  # noqa: E402
@@ -331,3 +335,95 @@ def test_pictures_of_sizes_and_of_the_roof(results):
     results["rows"] = [{k: v for k, v in r.items() if k != "cache"} for r in results["rows"]]
     (render.RESULTS / "accumulate_x.json").write_text(json.dumps(results))
     assert render.sizes_data() is None and render.roofline_data() is None
+
+
+BENCH_RANKS = Path(render.__file__).with_name("bench_ranks.py")
+
+# DDP's forward runs out of memory on one rank, and on that alone.
+SHORT_OF_MEMORY = """
+import os, bench_ranks, rank_ways, torch
+
+def loss(self, index):
+    if os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("none is left")
+    return rank_ways.Loop.loss(self, index)
+
+rank_ways.Ddp.loss = loss
+rank_ways.WAYS = rank_ways.WAYS[:3]
+bench_ranks.main()
+"""
+
+
+def run_ranks(folder, *command):
+    """Runs a command as two ranks over gloo; returns their exit codes, outputs and results."""
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(BENCH_RANKS.parents[1]), str(BENCH_RANKS.parent)]),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+    }
+    path = folder / "ranks_x.json"
+    command = [sys.executable, *map(str, command), "--quick", "--json", str(path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = [
+        subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, **pipes)
+        for r in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert path.exists(), outputs
+    return [process.returncode for process in processes], outputs, json.loads(path.read_text())
+
+
+def test_two_ranks_measure_all_ways(monkeypatch, tmp_path):
+    codes, outputs, results = run_ranks(tmp_path, BENCH_RANKS)
+    assert codes == [0, 0], outputs
+    assert results["failures"] == results["skipped"] == []
+    rows = results["rows"]
+    assert {r["role"] for r in rows} == {"ours", "ddp", "fsdp2", "option"}
+    assert {r["section"] for r in rows} == {"ways", "options", "buckets"}
+    for r in rows:
+        rate = 2 * r["micro_batches"] * r["tokens"] / r["p50_us"] * 1e6
+        assert r["tokens_per_s"] == pytest.approx(rate, rel=1e-3)
+        is_ours = r["role"] == "ours" and r["micro_batches"] == 1
+        assert ("forward_s" in r and r["reduction_us"] > 0) or not is_ours
+    assert all(r["seconds"] > 0 for r in results["all_reduce"])
+    assert "window ms" in outputs[0] and "window ms" not in outputs[1]
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    windows, buckets, costs = (render.ranks_block("x", *o) for o in ((), ("buckets",), ("costs",)))
+    assert "| **attach, autocast** | **" in windows and "attach / FSDP2's best, autocast" in windows
+    assert "| 4 KiB |" in buckets and "T=16, autocast" in costs
+    assert render.ranks_block("y") == "Not measured yet.\n"
+    with pytest.raises(render.RenderError, match="buckets or costs"):
+        render.ranks_block("x", "full")
+
+
+def test_a_way_that_fails_on_one_rank_is_left_out_on_all(tmp_path):
+    codes, outputs, results = run_ranks(
+        tmp_path, "-c", SHORT_OF_MEMORY, "--sections", "ways", "--seconds", "600"
+    )
+    assert codes == [1, 1], outputs
+    assert {r["name"] for r in results["rows"]} == {"attach", "FSDP2"}
+    assert results["failures"] == ["ways, T=16, bf16, DDP: RuntimeError: failed on another rank"]
+    assert "OutOfMemoryError: none is left" in outputs[1]
+
+
+def test_targets_of_ranks_are_set_against_the_faster_peer():
+    labels = {"section": "ways", "tokens": 4096, "micro_batches": 1}
+    rows = [
+        {**labels, "role": role, "family": family, "tokens_per_s": rate, "exposed_share": 0.2}
+        for role, family, rate in [
+            ("ours", "bf16", 300.0),
+            ("ddp", "bf16", 200.0),
+            ("fsdp2", "fsdp2", 100.0),
+            ("fsdp2", "fsdp2", 400.0),
+        ]
+    ]
+    rows.append({**rows[0], "section": "options", "tokens_per_s": 900.0})
+    found = [(t["measured"], t["met"]) for t in bench_ranks.targets_of(rows)]
+    assert found == [(1.5, True), (0.75, False), (None, None), (None, None), (0.2, False)]
