@@ -25,7 +25,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -196,31 +196,28 @@ class Ranks:
 
 def measure(
     section: str, way: Way, n_tokens: int, counts: Sequence[int], plan: Plan, ranks: Ranks
-) -> list[dict]:
-    """Returns the rows of a way for one length: one for each number of micro-batches."""
+) -> Iterator[dict]:
+    """Yields the rows of a way for one length: one for each number of micro-batches."""
     build = partial(way.build, plan.shape, n_tokens, max(2, *counts), ranks.device)
     loop = ranks.together(build)
     if loop.skips:
         ranks.together(partial(loop.window, 2, reduces=False))
     for _ in range(2):  # DDP makes its buckets anew after the first
         ranks.together(partial(loop.window, 2))
-    rows = []
     for count in counts:
         found = ranks.together(partial(measure_window, loop, count, plan, ranks))
-        rows.append(
-            {
-                "section": section,
-                "family": way.family,
-                "name": way.name,
-                "role": way.role,
-                "tokens": n_tokens,
-                "micro_batches": count,
-                **found,
-                "tokens_per_s": round(ranks.size * count * n_tokens / found["p50_us"] * 1e6, 1),
-            }
-        )
-        ranks.say(describe(rows[-1]))
-    return rows
+        row = {
+            "section": section,
+            "family": way.family,
+            "name": way.name,
+            "role": way.role,
+            "tokens": n_tokens,
+            "micro_batches": count,
+            **found,
+            "tokens_per_s": round(ranks.size * count * n_tokens / found["p50_us"] * 1e6, 1),
+        }
+        ranks.say(describe(row))
+        yield row
 
 
 def measure_window(loop: Loop, count: int, plan: Plan, ranks: Ranks) -> dict:
@@ -408,7 +405,8 @@ def run(options: argparse.Namespace, ranks: Ranks) -> Results:
             results.all_reduce.append(measure_all_reduce(1 << log2, memory, ranks))
 
     def block(section: str, way: Way, n_tokens: int, counts: Sequence[int]) -> None:
-        results.rows += measure(section, way, n_tokens, counts, plan, ranks)
+        for row in measure(section, way, n_tokens, counts, plan, ranks):
+            results.rows.append(row)
 
     if "all_reduce" in options.sections:
         attempt("all_reduce", all_reduce)
