@@ -5,11 +5,16 @@ Triton kernels also run on the CPU, in Triton's interpreter, where there is no C
 """
 
 import gc
+import json
 import os
 import random
+import subprocess
+import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +155,39 @@ def queueing(request, monkeypatch):
     below = 1 << 40 if request.param else 0
     monkeypatch.setattr("gradacc_kernels.hook.QUEUE_BELOW", {"cpu": below, "cuda": below})
     return request.param
+
+
+def _run_ranks(folder, script, world_size, device):
+    """Runs a file of cases; returns its folder, what each rank says of each case, and stderr."""
+    here = Path(__file__).parent
+    path = os.pathsep.join(map(str, (here, here.parent)))
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    if device == "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = ""  # torch refuses to fork a process that has used a GPU
+    command = [sys.executable, str(here / script), str(folder), str(world_size), device]
+    done = subprocess.run(command, env=env, timeout=400, capture_output=True, text=True)
+    results = []
+    for rank in range(world_size):
+        lines = (folder / str(rank)).read_text().splitlines() if done.returncode == 0 else []
+        results.append({r["case"]: r["failure"] for r in map(json.loads, lines)})
+    return folder, results, done.stderr
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _rank_runs(request, tmp_path_factory):
+    """The runs of ranks that tests have, each begun beside the tests that come before its own."""
+    params = [getattr(item, "callspec", None) for item in request.session.items]
+    params = dict.fromkeys(spec.params.get("ranks") for spec in params if spec is not None)
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        yield {
+            param: executor.submit(_run_ranks, tmp_path_factory.mktemp("ranks"), *param)
+            for param in params
+            if param is not None and (param[2] == "cpu" or torch.cuda.device_count() >= param[1])
+        }
+        executor.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def ranks(request, _rank_runs):
+    """The folder that the ranks wrote to, their results by the name of the case, and stderr."""
+    return _rank_runs[request.param].result()

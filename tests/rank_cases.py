@@ -599,13 +599,13 @@ def no_bad_argument_changes_anything(ranks):
 def a_rank_that_lags_is_named(ranks):
     if ranks.device.type != "cpu":
         return  # a lost_rank.py of its own, as NCCL ends the process
-    group = dist.new_group(timeout=timedelta(seconds=1))
+    group = dist.new_group(timeout=timedelta(seconds=2))
     stalls.LISTENS = 1.0
     model = ranks.model(torch.float32)
     accumulator = gk.attach(model, process_group=group, bucket_bytes=1)
     x = ranks.batches(1, dtype=torch.float32)[0]
     if ranks.rank == 1:
-        time.sleep(3)
+        time.sleep(5)
         return
     try:
         backward(model, x)

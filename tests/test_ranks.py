@@ -1,10 +1,6 @@
 """Several ranks of torch.distributed, over gloo and NCCL: the cases of *_cases.py named below."""
 
 import ast
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,28 +15,6 @@ def names(script):
     body = ast.parse((FOLDER / script).read_text()).body
     functions = (n for n in body if isinstance(n, ast.FunctionDef))
     return [f.name for f in functions if any("case" == d.id for d in f.decorator_list)]
-
-
-def ranks_of(folder, script, world_size, device):
-    """Runs all cases once; returns the results of each rank by the name of the case."""
-    path = os.pathsep.join(map(str, (FOLDER, FOLDER.parent)))
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    if device == "cpu":
-        env["CUDA_VISIBLE_DEVICES"] = ""  # torch refuses to fork a process that has used a GPU
-    command = [sys.executable, str(FOLDER / script), str(folder), str(world_size), device]
-    done = subprocess.run(command, env=env, timeout=240, capture_output=True, text=True)
-    results = []
-    for rank in range(world_size):
-        lines = (folder / str(rank)).read_text().splitlines() if done.returncode == 0 else []
-        results.append({r["case"]: r["failure"] for r in map(json.loads, lines)})
-    return results, done.stderr
-
-
-@pytest.fixture(scope="module")
-def ranks(request, tmp_path_factory):
-    """The folder that the ranks wrote to, their results, and what they said."""
-    folder = tmp_path_factory.mktemp("ranks")
-    return folder, *ranks_of(folder, *request.param)
 
 
 def gpus(count):
