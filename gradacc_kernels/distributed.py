@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradacc_kernels import dispatch, stalls
+from gradacc_kernels import dispatch, sharded, stalls
 
 REDUCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BUCKET_BYTES = 32 << 20
@@ -315,8 +315,9 @@ def check_alike(
     Raises:
         ValueError: they differ; nothing was changed.
     """
+    locals_ = {name: sharded.local(param) for name, param in named.items()}
     described = [
-        *(f"{name}: {list(p.shape)}, {p.dtype}, strides {p.stride()}" for name, p in named.items()),
+        *(f"{name}: {list(p.shape)}, {p.dtype}, strides {p.stride()}" for name, p in locals_.items()),
         f"options {list(options)}",
     ]
     digest = hashlib.sha256("\n".join(described).encode()).hexdigest()
@@ -343,6 +344,7 @@ def _broadcast(tensors: Iterable[Tensor], process_group: dist.ProcessGroup) -> N
     """Gives tensors the values that they have on the first rank of the group."""
     source = dist.get_process_group_ranks(process_group)[0]
     for tensor in tensors:
+        tensor = sharded.local(tensor)
         values = tensor.detach()
         if not values.is_contiguous():
             values = values.contiguous()

@@ -28,6 +28,7 @@ from gradacc_kernels import (
     fused,
     optimizers,
     python_fused,
+    sharded,
     window,
 )
 from gradacc_kernels.accumulator import Accumulator, human
@@ -88,8 +89,9 @@ def _why_pending(param: Tensor) -> str | None:
     if attachment.window in window.shared and not group.hooks.is_reduced():
         # Nor would torch.distributed.checkpoint get to know what an optimizer keeps, for which it
         # steps a new one by zeros that it puts into every ``.grad``.
-        main = group.hooks.main_grad(index)
-        is_foreign = param.grad is not None and param.grad.data_ptr() != main.data_ptr()
+        main = sharded.local(group.hooks.main_grad(index))
+        grad = None if param.grad is None else sharded.local(param.grad)
+        is_foreign = grad is not None and grad.data_ptr() != main.data_ptr()
         if is_foreign and not attachment.micro_batches():
             return None
         return (
@@ -132,7 +134,8 @@ class _Group:
         self.backend = backend
         self.device = params[0].device
         self.dtype = main_dtype(params[0])
-        self.buffer = FlatBuffer(params, self.dtype)
+        self.is_sharded = any(map(sharded.is_dtensor, params))
+        self.buffer = FlatBuffer([sharded.local(param) for param in params], self.dtype)
         self.inv_scale = inv_scale
         arguments = (
             params,
@@ -144,7 +147,7 @@ class _Group:
             QUEUE_BYTES,
         )
         module = dispatch.module(backend)
-        self.is_native = backend in ("cuda", "cpu")
+        self.is_native = backend in ("cuda", "cpu") and not self.is_sharded
         self.hooks: Any = (
             module.GradHooks(*arguments)
             if self.is_native
@@ -218,12 +221,16 @@ class _Attachment:
     def make_groups(self, params: dict[str, Tensor]) -> list[_Group]:
         """Allocates storage for parameters as they are now, and changes nothing."""
         by_kind: dict[tuple, dict[str, Tensor]] = {}
+        # DTensors need the Python hook. What is reduced over ranks, or held, is in one group.
+        is_one = self.reduction is not None or self.nonfinite == "skip_micro_batch"
         for name, param in params.items():
-            by_kind.setdefault((param.device, main_dtype(param)), {})[name] = param
+            is_sharded = not is_one and sharded.is_dtensor(param)
+            kind = param.device, main_dtype(param), is_sharded
+            by_kind.setdefault(kind, {})[name] = param
         inv_scales = {group.device: group.inv_scale for group in self.groups}
         before = next(iter(inv_scales.values()), None)
         groups = []
-        for (device, dtype), named in by_kind.items():
+        for (device, dtype, _), named in by_kind.items():
             requested = _requested(self.requested_backend, dtype)
             backend = dispatch.choose(device, dtype, requested)
             if backend == "reference" and requested == "auto" and dtype == torch.float32:
@@ -365,10 +372,11 @@ class _Attachment:
             }
         for name, param in params.items():
             before = self.aliases.get(name)
-            if before is not None and _main_shape(before) != param.shape:
+            shape = sharded.local(param).shape
+            if before is not None and _main_shape(before) != shape:
                 raise RuntimeError(
                     f"gradacc_kernels: parameter {name} had shape {list(_main_shape(before))} when "
-                    f"it was attached, and has {list(param.shape)} now: detach and attach again"
+                    f"it was attached, and has {list(shape)} now: detach and attach again"
                 )
             _check_param(name, param, self.requested_backend)
         self.window.before_move()
@@ -379,7 +387,7 @@ class _Attachment:
         for group in self.groups:
             group.hooks.remove()
         kept = WeakTensorKeyDictionary({param: name for name, param in params.items()})
-        sums = WeakTensorKeyDictionary({param: (param.grad, 0) for param in params.values()})
+        sums = WeakTensorKeyDictionary({param: (_grad(param), 0) for param in params.values()})
         for group, index, name, param in list(self.members()):
             total, count = group.hooks.current(index), group.hooks.micro_batches(index)
             successor = param if param in kept else params.get(name)
@@ -404,7 +412,7 @@ class _Attachment:
         grad_dtype = param.dtype if before == of_dtype else before
         if value is not None:
             # Never the view itself: it would keep the flat buffer alive.
-            value = value.to(param.device, grad_dtype, copy=True)
+            value = sharded.wrap(value.to(param.device, grad_dtype, copy=True), param)
         _covered.pop(param, None)
         param.grad = None
         if of_dtype is not None:
@@ -436,9 +444,15 @@ class _Attachment:
             self.detach()
 
 
+def _grad(param: Tensor | None) -> Tensor | None:
+    """What of a parameter's ``.grad`` is on this rank."""
+    grad = None if param is None else param.grad
+    return None if grad is None else sharded.shard(grad, param)
+
+
 def _is_rounded(total: Tensor | None, param: Tensor | None) -> bool:
     """Tells whether ``.grad`` is this sum, cast: the parameter is one that ``.to()`` has made."""
-    grad = None if param is None else param.grad
+    grad = _grad(param)
     if total is None or grad is None or grad.shape != total.shape or grad.is_sparse:
         return False
     return torch.equal(total.detach().to(grad), grad)
@@ -456,7 +470,7 @@ def _end_of_backward(attachment: weakref.ref[_Attachment]):
 def _covered_by(attachment: _Attachment) -> fused.Find:
     def find(param: Tensor) -> fused.Covered | None:
         group, index = _find(param)
-        if group is None or group not in attachment.groups:
+        if group is None or group not in attachment.groups or sharded.is_dtensor(param):
             return None
         return fused.Covered(param, group.buffer.views[index], group.hooks, index, group.is_native)
 
@@ -556,11 +570,7 @@ class _RefreshAfterApply:
 
 
 def _check_param(name: str, param: Tensor, backend: str) -> None:
-    if type(param.data) is not Tensor:
-        raise TypeError(
-            f"attach: parameter {name} is a {type(param.data).__name__}; tensor subclasses are not "
-            "supported"
-        )
+    sharded.check_param("attach", name, param)
     if param.dtype not in PARAM_DTYPES:
         raise TypeError(
             f"attach: parameter {name} must be float16, bfloat16, float32 or float64, got "
@@ -710,6 +720,8 @@ def attach(
     reduction = distributed.reduction_of(process_group, steps, reduce_dtype, bucket_bytes)
     if reduction is not None:
         distributed.check_reduced_once(params.values())
+        for name, param in params.items():
+            sharded.check_replicas(param, name, process_group)
         reduction.check_alike(params, (float(scale), nonfinite))
     optimizers.watch(_is_covered, _why_pending, _end_windows)
     n_frozen = len(named) - len(params)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc_kernels import checks, dispatch
+from gradacc_kernels import checks, dispatch, sharded
 from gradacc_kernels.buckets import Buckets
 from gradacc_kernels.reference import in_layout_of
 from gradacc_kernels.window_cast import WindowCast
@@ -191,13 +191,14 @@ class PythonHooks:
                 check_not_reduced(param.variable)
             for index, param in enumerate(self._params):
                 variable = param.variable
+                values = sharded.local(variable)
                 if (
-                    variable.dtype != param.dtype
-                    or variable.device != self._device
-                    or variable.shape != param.main.shape
-                    or variable.numel() > 0
-                    and variable.stride() != param.main.stride()
-                    and torch.ops.aten.is_non_overlapping_and_dense(variable)
+                    values.dtype != param.dtype
+                    or values.device != self._device
+                    or values.shape != param.main.shape
+                    or values.numel() > 0
+                    and values.stride() != param.main.stride()
+                    and torch.ops.aten.is_non_overlapping_and_dense(values)
                 ):
                     return False
                 grad = variable.grad
@@ -274,10 +275,14 @@ class PythonHooks:
         return True
 
     def _are_statistics_valid(self, param: _Param) -> bool:
-        """Tells whether a parameter's slots describe its ``.grad``, by its version counter."""
+        """Tells whether a parameter's slots describe its ``.grad``, by its version counter.
+
+        Those of a DTensor are not believed: clipping by torch writes to it and moves no counter.
+        """
         grad = param.variable.grad
         return (
             grad is not None
+            and not sharded.is_dtensor(grad)
             and grad is param.exposed
             and self._is_ours(grad, param)
             and grad._version == param.statistics_version
@@ -302,7 +307,7 @@ class PythonHooks:
                 if from_slots and self._are_statistics_valid(param):
                     slots[index] = param.partials
                 else:
-                    values[index] = as_main(grad, param.main.dtype)
+                    values[index] = as_main(sharded.shard(grad, param.variable), param.main.dtype)
             return [
                 Measured(list(part), *self.backend.grad_stats(list(part.values()), part is slots))
                 for part in (values, slots)
@@ -316,9 +321,9 @@ class PythonHooks:
             mains = []
             left_over = list(filter(self._is_left_over, self._params))
             for param in self._params:
-                grad = param.variable.grad
-                if grad is None:
+                if param.variable.grad is None:
                     continue
+                grad = sharded.local(param.variable.grad)
                 if as_main(grad, torch.float32) is grad:
                     mains.append(grad)
                 else:
@@ -457,6 +462,9 @@ class PythonHooks:
 
     @staticmethod
     def _is_ours(grad: Tensor, param: _Param) -> bool:
+        if sharded.is_dtensor(grad) and grad.placements != param.variable.placements:
+            return False
+        grad = sharded.local(grad)
         return (
             grad.layout == torch.strided
             and grad.dtype == param.main.dtype
@@ -483,9 +491,10 @@ class PythonHooks:
         main = param.main
         if self._is_ours(grad, param) or self._was_cast(grad, param):
             return main
+        grad_is_view = grad is param.exposed and grad.dtype != main.dtype
+        grad = sharded.shard(grad, param.variable)
         if grad.layout != torch.strided:
             return grad.detach().to_dense()
-        grad_is_view = grad is param.exposed and grad.dtype != main.dtype
         if not grad_is_view or grad.device != main.device or grad.shape != main.shape:
             return grad.detach()
         with torch.no_grad():
@@ -507,7 +516,7 @@ class PythonHooks:
         """A tensor of its own, which others may have cast or drawn into a graph since."""
         exposed = param.exposed
         if exposed is None or not self._is_ours(exposed, param) or exposed.requires_grad:
-            param.exposed = param.main.data
+            param.exposed = sharded.wrap(param.main.data, param.variable)
         return param.exposed
 
     def _show(self, param: _Param) -> None:
@@ -547,14 +556,19 @@ class PythonHooks:
 
     def _consume(self, index: int, grad: Tensor | None) -> Tensor | None:
         """Returns what is left for AccumulateGrad: None, unless the gradient is not for us."""
-        if grad is None or type(grad) is not Tensor:
+        if grad is None:
             return grad
         param = self._params[index]
+        # A gradient of another kind than its parameter's is stock autograd's.
+        is_dtensor = sharded.is_dtensor(param.variable)
+        if not (sharded.is_dtensor(grad) if is_dtensor else type(grad) is Tensor):
+            return grad
         if not param.variable.requires_grad:
             return grad
-        if grad.shape != param.main.shape or grad.device != self._device:
+        shape = param.variable.shape if is_dtensor else param.main.shape
+        if grad.shape != shape or grad.device != self._device:
             raise RuntimeError(
-                f"gradacc_kernels: a parameter attached with shape {list(param.main.shape)} on "
+                f"gradacc_kernels: a parameter attached with shape {list(shape)} on "
                 f"{self._device} received a gradient of shape {list(grad.shape)} on {grad.device}. "
                 "Call Accumulator.refresh() after moving parameters; detach and attach again after "
                 "reshaping them."
@@ -587,12 +601,13 @@ class PythonHooks:
             return grad * (self._inv_scale * self._scale)
         if grad.is_complex():
             raise RuntimeError("gradacc_kernels: cannot accumulate a complex gradient")
+        arrived, grad = grad, sharded.shard(grad, param.variable)
         if param.main.dtype == torch.float32 and grad.dtype not in _SUPPORTED:
             grad = grad.float()
         entry = (param, in_layout_of(grad, param.main))
         with self._lock:
             if self._removed:
-                return grad
+                return arrived
             check_not_reduced(param.variable)
             self._begin_backward()
             self._check_not_launched(index)
@@ -862,10 +877,9 @@ class PythonHooks:
         for param, queued in entries:
             variable = param.variable
             value = queued.float() * (self._inv_scale * self._scale)
-            if variable.grad is None:
-                variable.grad = value.to(variable)
-            else:
-                variable.grad = variable.grad + value.to(variable.grad)
+            like = variable if variable.grad is None else variable.grad
+            value = sharded.wrap(value.to(like.device, like.dtype), variable)
+            variable.grad = value if variable.grad is None else variable.grad + value
 
     @staticmethod
     def demand(node: Any, hooks: PythonHooks | None = None) -> Demand:

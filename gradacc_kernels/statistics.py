@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradacc_kernels.python_hook import Measured
+from gradacc_kernels.sharded import sum_over_mesh
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -43,6 +46,8 @@ def measure(
 ) -> Statistics:
     """Measures the gradients of covered parameters. No host sync where all are on one device.
 
+    A collective, where some are DTensors: every rank of their meshes calls it, or none.
+
     Args:
         attachment: of which parameters.
         from_slots: read the slots of those whose version counter has not moved since the pass.
@@ -56,7 +61,10 @@ def measure(
         if wanted is not None:
             named = enumerate(map(attachment.params.get, group.names))
             indices = [index for index, param in named if id(param) in wanted]
-        for part in group.hooks.measure(from_slots, indices):
+        measured = group.hooks.measure(from_slots, indices)
+        if group.is_sharded and measured:
+            measured = [_over_mesh(attachment, group, measured)]
+        for part in measured:
             parts.append(([group.names[index] for index in part.indices], part.sums))
             # A copy to the CPU that does not wait would be read before it is there.
             is_free = device.type != "cpu"
@@ -70,6 +78,23 @@ def measure(
     dtype = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
     norm = torch.linalg.vector_norm(torch.stack([norm.to(dtype) for norm in norms]))
     return Statistics(parts, norm, torch.stack(verdicts).amax())
+
+
+def _over_mesh(attachment: Any, group: Any, measured: list[Measured]) -> Measured:
+    """Puts the parts of a group together, and adds what the ranks of its meshes have.
+
+    In the order of the parameters: which of the parts one is in may differ from rank to rank.
+    """
+    sums = {
+        index: value
+        for part in measured
+        for index, value in zip(part.indices, part.sums.unbind(), strict=True)
+    }
+    indices = sorted(sums)
+    params = [attachment.params[group.names[index]] for index in indices]
+    total = sum_over_mesh(params, torch.stack([sums[index] for index in indices]))
+    norm = total.sum().sqrt()
+    return Measured(indices, total, norm, norm.isnan().float())
 
 
 def scale_grads_(attachment: Any, factor: Tensor) -> None:
@@ -90,6 +115,8 @@ def are_nonfinite(grads: list[Tensor]) -> Tensor:
 
     One pass of 2 bytes an element over 16-bit gradients.
     """
-    grads = [grad for grad in grads if grad.numel()]
+    device, grads = grads[0].device, [grad for grad in grads if grad.numel()]
+    if not grads:
+        return torch.zeros((), dtype=torch.float32, device=device)
     largest = torch._foreach_norm(grads, torch.inf)
     return torch.stack([value.float() for value in largest]).isfinite().all().logical_not().float()

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradacc_kernels import sharded
 from gradacc_kernels.distributed import check_weights
 from gradacc_kernels.statistics import are_nonfinite, measure, scale_grads_
 
@@ -339,13 +340,14 @@ class Window:
         """
         attachment = self.attachment
         held = [(group, group.hooks.held()) for group in attachment.groups]
-        held = [(group, grads) for group, grads in held if any(g.numel() for g in grads)]
+        held = [(group, grads) for group, grads in held if grads]
         if not held:
             return None
         self.follow()
         device = self.weight.device
         verdicts = [are_nonfinite(grads).to(device, non_blocking=True) for _, grads in held]
-        good = 1 - (verdicts[0] if len(verdicts) == 1 else torch.stack(verdicts).amax())
+        bad = verdicts[0] if len(verdicts) == 1 else torch.stack(verdicts).amax()
+        good = 1 - sharded.agree(attachment.params.values(), bad)
         with self._factor(weight, good):  # a factor of 0 leaves main gradients as they are
             for group, _ in held:
                 group.hooks.commit_held()

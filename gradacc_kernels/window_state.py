@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradacc_kernels import sharded
 from gradacc_kernels.window import AVERAGED, UNWEIGHTED
 
 FORMAT = 2
@@ -106,7 +107,7 @@ def _check(attachment: Any, state: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"load_state_dict: parameter {name} cannot have seen {count:g} micro-batches"
             )
-        shape = attachment.params[name].shape
+        shape = sharded.local(attachment.params[name]).shape
         if total is not None and (total.shape != shape or total.dtype != group.dtype):
             raise ValueError(
                 f"load_state_dict: the sum of parameter {name} must be {group.dtype} of shape "
