@@ -11,6 +11,7 @@ is alone in memory while it is measured. rank_ways.py has the ways.
   that of the reduction of the whole buffer with nothing beside it.
 - options: other settings of ours, and ours once more, which shows how far clocks have drifted.
 - buckets: the sizes of buckets.
+- blocks: fewer thread blocks of NCCL, and no embedding, whose gradient comes last.
 - all_reduce: the time of a collective by its size.
 
 No way begins after ``--seconds``: the results name what was skipped. On the CPU a model of a toy's
@@ -44,7 +45,7 @@ from timing import Timing, release, sample_wall, wall_timing
 
 T = TypeVar("T")
 
-SECTIONS = ["all_reduce", "ways", "options", "buckets"]
+SECTIONS = ["all_reduce", "ways", "options", "buckets", "blocks"]
 METHOD = {
     "window": "zero_grad(set_to_none=True), K micro-batches and the reduction; no optimizer step",
     "time": "wall clock of the slowest rank, median",
@@ -68,6 +69,7 @@ class Plan:
         tokens: of a micro-batch.
         counts: of micro-batches in a window, in rising order, from 1 on.
         buckets: their bytes.
+        thread_blocks: the most that NCCL may use.
         log2_bytes: the sizes of all_reduce.
         seconds: of samples, for each row.
         least_samples: for each row.
@@ -77,6 +79,7 @@ class Plan:
     tokens: tuple[int, ...]
     counts: tuple[int, ...]
     buckets: tuple[int, ...]
+    thread_blocks: tuple[int | None, ...]
     log2_bytes: range
     seconds: float
     least_samples: int
@@ -98,6 +101,7 @@ PLANS = {
         tokens=(4096, 1024),
         counts=(1, 4, 16),
         buckets=tuple(mib << 20 for mib in (1, 4, 16, 32, 64, 256)),
+        thread_blocks=(None, 4, 8, 16),
         log2_bytes=range(20, 33),
         seconds=1.5,
         least_samples=4,
@@ -107,6 +111,7 @@ PLANS = {
         tokens=(16,),
         counts=(1, 2),
         buckets=(1 << 12, 1 << 16),
+        thread_blocks=(None,),
         log2_bytes=range(10, 13),
         seconds=0,
         least_samples=2,
@@ -283,6 +288,10 @@ def blocks(
     for n_tokens in plan.tokens:
         for n_bytes in plan.buckets:
             found.append(("buckets", rank_ways.with_buckets(n_bytes), n_tokens, one))
+    for max_ctas in plan.thread_blocks:
+        for embeds in (True, False):
+            way = rank_ways.with_buckets(plan.buckets[-1], max_ctas, embeds)
+            found.append(("blocks", way, plan.tokens[0], one))
     return [block for block in found if block[0] in sections]
 
 

@@ -9,6 +9,7 @@ the parameters on each rank.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import time
 from collections.abc import Callable
@@ -88,13 +89,29 @@ def now(device: torch.device) -> float:
 
 
 class Attached(Loop):
-    """attach with a process group."""
+    """attach with a process group.
 
-    def __init__(self, model: nn.Module, *args, bucket_bytes: int = BUCKET_BYTES, **options):
+    Args:
+        bucket_bytes, options: of attach.
+        max_ctas: thread blocks that NCCL may use, each of which keeps an SM from backward.
+        embeds: whether the input embedding is trained, whose gradient comes last.
+    """
+
+    def __init__(
+        self,
+        model: llama.Llama,
+        *args,
+        bucket_bytes: int = BUCKET_BYTES,
+        max_ctas: int | None = None,
+        embeds: bool = True,
+        **options,
+    ):
         super().__init__(model, *args)
         self.bucket_bytes = bucket_bytes
+        model.embedding.requires_grad_(embeds)
+        group = dist.group.WORLD if max_ctas is None else limited_group(max_ctas)
         self.accumulator = gk.attach(
-            model, process_group=dist.group.WORLD, bucket_bytes=bucket_bytes, **options
+            model, process_group=group, bucket_bytes=bucket_bytes, **options
         )
 
     def no_sync(self) -> AbstractContextManager:
@@ -106,6 +123,14 @@ class Attached(Loop):
         reducer = self.accumulator._attachment.reducer
         reducer.launch(0, 1 + max(reducer.bucket_of))
         reducer.wait()
+
+
+@functools.cache
+def limited_group(max_ctas: int) -> dist.ProcessGroup:
+    """Returns a process group of all ranks whose NCCL kernels have no more thread blocks."""
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = max_ctas
+    return dist.new_group(pg_options=options)
 
 
 class Ddp(Loop):
@@ -221,6 +246,9 @@ OPTIONS = (
 FSDP2_ATTACHED = Way("FSDP2, attach", "fsdp2", "option", partial(Fsdp, attach=True))
 
 
-def with_buckets(bucket_bytes: int) -> Way:
-    """Returns our way over bfloat16 parameters with buckets of another size."""
-    return Way("attach", "bf16", "ours", partial(Attached, bucket_bytes=bucket_bytes))
+def with_buckets(bucket_bytes: int, max_ctas: int | None = None, embeds: bool = True) -> Way:
+    """Returns our way over bfloat16 parameters with another reduction: see Attached."""
+    limited = "" if max_ctas is None else f", {max_ctas} thread blocks"
+    name = f"attach{limited}{'' if embeds else ', no embedding'}"
+    loop = partial(Attached, bucket_bytes=bucket_bytes, max_ctas=max_ctas, embeds=embeds)
+    return Way(name, "bf16", "ours", loop)

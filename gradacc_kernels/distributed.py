@@ -317,7 +317,10 @@ def check_alike(
     """
     locals_ = {name: sharded.local(param) for name, param in named.items()}
     described = [
-        *(f"{name}: {list(p.shape)}, {p.dtype}, strides {p.stride()}" for name, p in locals_.items()),
+        *(
+            f"{name}: {list(p.shape)}, {p.dtype}, strides {p.stride()}"
+            for name, p in locals_.items()
+        ),
         f"options {list(options)}",
     ]
     digest = hashlib.sha256("\n".join(described).encode()).hexdigest()

@@ -11,7 +11,7 @@ import functools
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -31,7 +31,7 @@ AUTO_FROM = 1 << 16
 class Covered:
     """A covered parameter as a fused module needs it."""
 
-    param: Tensor
+    param: Tensor  # as forward reads it: whole, where FSDP2 has sharded it
     main_grad: Tensor
     hooks: Any
     index: int
@@ -246,9 +246,9 @@ def _form(covered: Covered) -> ModuleType:
     return dispatch.extension() if covered.is_native else python_fused
 
 
-def _watch(form: ModuleType, module: nn.Module, names: Iterable[str]):
+def _watch(form: ModuleType, module: nn.Module, params: dict[str, Tensor | None]):
     return form.ParameterWatch(
-        [(module._parameters, name, module._parameters[name]) for name in names]
+        [(module._parameters, name, param) for name, param in params.items()]
     )
 
 
@@ -260,9 +260,11 @@ def _linear(module, mode, find, *, is_transposed):
     if module.bias is not None and module.bias.shape != (weight.shape[int(is_transposed)],):
         return None
     form = _form(covered)
-    product = form.FusedWeight(covered.hooks, covered.index, weight, is_transposed)
-    watch = _watch(form, module, ("weight", "bias"))
-    return ProductForward(module, form.FusedLinear(watch, product, module.bias))
+    product = form.FusedWeight(covered.hooks, covered.index, covered.param, is_transposed)
+    bias = find(module.bias) if module.bias is not None else None
+    bias = module.bias if bias is None else bias.param
+    watch = _watch(form, module, {"weight": covered.param, "bias": bias})
+    return ProductForward(module, form.FusedLinear(watch, product, bias))
 
 
 def _embedding(module, mode, find):
@@ -272,8 +274,9 @@ def _embedding(module, mode, find):
         return None
     form = _form(covered)
     padding_idx = -1 if module.padding_idx is None else module.padding_idx
+    weight = covered.param
     lookup = form.FusedEmbedding(covered.hooks, covered.index, weight, padding_idx, module.sparse)
-    return LookupForward(module, form.FusedLookup(_watch(form, module, ("weight",)), lookup))
+    return LookupForward(module, form.FusedLookup(_watch(form, module, {"weight": weight}), lookup))
 
 
 def _experts(module, mode, find):
@@ -289,9 +292,9 @@ def _experts(module, mode, find):
         covered = _fusable(param, mode, find)
         if covered is not None:
             make = functools.partial(
-                _form(covered).FusedWeight, covered.hooks, covered.index, param
+                _form(covered).FusedWeight, covered.hooks, covered.index, covered.param
             )
-            weights[name] = (param, functools.cache(make))
+            weights[name] = (covered.param, functools.cache(make))
     return ExpertsForward(module, experts.Experts(weights)) if weights else None
 
 

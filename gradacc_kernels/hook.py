@@ -25,6 +25,7 @@ from gradacc_kernels import (
     checks,
     dispatch,
     distributed,
+    fsdp,
     fused,
     optimizers,
     python_fused,
@@ -86,7 +87,10 @@ def _why_pending(param: Tensor) -> str | None:
     attachment = group.owner() if group is not None else None
     if attachment is None:
         return None
-    if attachment.window in window.shared and not group.hooks.is_reduced():
+    if attachment.fully_sharded is not None:
+        if isinstance(group.hooks, fsdp.ShardedHooks) and group.hooks.is_waiting(index):
+            return fsdp.WAITING
+    elif attachment.window in window.shared and not group.hooks.is_reduced():
         # Nor would torch.distributed.checkpoint get to know what an optimizer keeps, for which it
         # steps a new one by zeros that it puts into every ``.grad``.
         main = sharded.local(group.hooks.main_grad(index))
@@ -127,6 +131,7 @@ class _Group:
         inv_scale: Tensor,
         backend: str,
         owner: _Attachment,
+        wholes: list[Tensor] | None = None,
     ):
         self.names = names
         self.owner = weakref.ref(owner)
@@ -135,11 +140,15 @@ class _Group:
         self.device = params[0].device
         self.dtype = main_dtype(params[0])
         self.is_sharded = any(map(sharded.is_dtensor, params))
-        self.buffer = FlatBuffer([sharded.local(param) for param in params], self.dtype)
+        self.buffer: Any = (
+            FlatBuffer([sharded.local(param) for param in params], self.dtype)
+            if wholes is None
+            else fsdp.WholeStorage(wholes)
+        )
         self.inv_scale = inv_scale
         arguments = (
-            params,
-            self.buffer.views,
+            params if wholes is None else wholes,
+            self.buffer.views if wholes is None else [],
             self.buffer.slots,
             scale,
             inv_scale,
@@ -147,12 +156,18 @@ class _Group:
             QUEUE_BYTES,
         )
         module = dispatch.module(backend)
-        self.is_native = backend in ("cuda", "cpu") and not self.is_sharded
-        self.hooks: Any = (
-            module.GradHooks(*arguments)
+        # The hook in C++ takes no DTensors; the whole parameters of FSDP2 are none.
+        self.is_native = backend in ("cuda", "cpu") and (wholes is not None or not self.is_sharded)
+        owners = [] if wholes is None else params
+        # What takes gradients from autograd, and what speaks of `.grad` of the covered parameters.
+        self.arrivals: Any = (
+            module.GradHooks(*arguments, owners)
             if self.is_native
-            else PythonHooks(*arguments, module, owner)
+            else PythonHooks(*arguments, module, owner, owners)
         )
+        self.hooks: Any = self.arrivals
+        if wholes is not None:
+            self.hooks = fsdp.ShardedHooks(self.arrivals, params, wholes, module)
 
     def __repr__(self) -> str:
         elements = sum(view.numel() for view in self.buffer.views)
@@ -187,8 +202,10 @@ class _Attachment:
         n_frozen: int,
         nonfinite: str,
         reduction: distributed.Reduction | None,
+        fully_sharded: fsdp.FullySharded | None,
     ):
         self.nonfinite = nonfinite
+        self.fully_sharded = fully_sharded
         self.reduction = reduction
         self.reducer: distributed.Reducer | None = None
         self.scale = scale
@@ -209,7 +226,7 @@ class _Attachment:
         self.watch = None
         self.install(params, self.make_groups(params))
         self.window = window.Window(self, nonfinite)
-        if reduction is not None:
+        if reduction is not None or fully_sharded is not None:
             window.shared.add(self.window)
 
     def members(self) -> Iterator[tuple[_Group, int, str, Tensor]]:
@@ -224,13 +241,14 @@ class _Attachment:
         # DTensors need the Python hook. What is reduced over ranks, or held, is in one group.
         is_one = self.reduction is not None or self.nonfinite == "skip_micro_batch"
         for name, param in params.items():
+            is_whole = self.whole_of(param) is not None
             is_sharded = not is_one and sharded.is_dtensor(param)
-            kind = param.device, main_dtype(param), is_sharded
+            kind = (param.device, main_dtype(param), is_whole, is_sharded)
             by_kind.setdefault(kind, {})[name] = param
         inv_scales = {group.device: group.inv_scale for group in self.groups}
         before = next(iter(inv_scales.values()), None)
         groups = []
-        for (device, dtype, _), named in by_kind.items():
+        for (device, dtype, is_whole, _), named in by_kind.items():
             requested = _requested(self.requested_backend, dtype)
             backend = dispatch.choose(device, dtype, requested)
             if backend == "reference" and requested == "auto" and dtype == torch.float32:
@@ -245,7 +263,8 @@ class _Attachment:
                 inv_scales[device] = one if before is None else before.to(device)
             names, members = list(named), list(named.values())
             inv_scale = inv_scales[device]
-            groups.append(_Group(names, members, self.scale, inv_scale, backend, self))
+            wholes = [self.whole_of(param) for param in members] if is_whole else None
+            groups.append(_Group(names, members, self.scale, inv_scale, backend, self, wholes))
             if self.uses_inv_scale:
                 groups[-1].hooks.use_inv_scale()
             if self.nonfinite == "skip_micro_batch":
@@ -255,6 +274,16 @@ class _Attachment:
         if self.reduction is not None:
             self.reduction.check(groups)
         return groups
+
+    def whole_of(self, param: Tensor) -> Tensor | None:
+        """The whole parameter that FSDP2 makes of one that it has sharded, or None."""
+        return None if self.fully_sharded is None else self.fully_sharded.whole_of.get(param)
+
+    def check_reduced(self) -> None:
+        """Raises where FSDP2 has not reduced all micro-batches."""
+        for group in self.groups:
+            if isinstance(group.hooks, fsdp.ShardedHooks):
+                group.hooks.check_reduced()
 
     # The reduction over ranks
 
@@ -271,6 +300,8 @@ class _Attachment:
 
     def ensure_reduced(self) -> None:
         """Reduces what the last backward of a window has not: on every rank, or on none."""
+        if self.fully_sharded is not None and self.window.is_weighted:
+            self.fully_sharded.average(self.window.weight)
         if self.reducer is None or not self.groups:
             return
         if not (self.reducer.has_reduced and self.groups[0].hooks.is_reduced()):
@@ -327,12 +358,15 @@ class _Attachment:
                 param.grad_dtype = group.dtype if uses[id(param)] > 1 else None
                 if grad is not None:
                     param.grad = grad if param.grad_dtype is None else grad.to(group.dtype)
+        if self.fully_sharded is not None:
+            self.fully_sharded.install()
         if self.reduction is not None:
             self.reducer = self.reduction.reducer_of(groups[0], self.reducer)
             self.set_reducing(self.reduction.is_on)
         for group in groups:
             group.hooks.refresh()
-        self.watch = _watch(root, self.aliases)
+        fixed = {name: p for name, p in self.aliases.items() if self.whole_of(p) is None}
+        self.watch = _watch(root, fixed)
         if root is not None and self.fuse is not False:
             self.fused = fused.FusedModules(root, self.fuse, _covered_by(self))
 
@@ -352,12 +386,19 @@ class _Attachment:
         if torch.is_inference_mode_enabled():
             return  # no backward can follow, and what is made here would be inference tensors
         with self.lock:
+            if self.fully_sharded is not None:
+                self.fully_sharded.check_objects()
             is_changed = self.watch is not None and self.watch.is_changed()
             if is_changed or not all([group.hooks.refresh() for group in self.groups]):
                 self.rebuild()
 
     def rebuild(self) -> None:
         """Starts again from the parameters as they are now, with what they have summed."""
+        if self.fully_sharded is not None:
+            raise RuntimeError(
+                "gradacc_kernels: a parameter of a model that fully_shard has sharded was cast, "
+                "moved or replaced after attach: detach and attach again"
+            )
         root = self.root() if self.root is not None else None
         params = self.params
         if root is not None:
@@ -412,7 +453,8 @@ class _Attachment:
         grad_dtype = param.dtype if before == of_dtype else before
         if value is not None:
             # Never the view itself: it would keep the flat buffer alive.
-            value = sharded.wrap(value.to(param.device, grad_dtype, copy=True), param)
+            value = value.to(sharded.local(param).device, grad_dtype, copy=True)
+            value = sharded.wrap(value, param)
         _covered.pop(param, None)
         param.grad = None
         if of_dtype is not None:
@@ -436,6 +478,8 @@ class _Attachment:
                 group.hooks.remove()
             for member in self.members():
                 self.release(*member)
+            if self.fully_sharded is not None:
+                self.fully_sharded.remove()
             self.groups = []
 
     def __del__(self, is_finalizing=sys.is_finalizing):
@@ -470,9 +514,14 @@ def _end_of_backward(attachment: weakref.ref[_Attachment]):
 def _covered_by(attachment: _Attachment) -> fused.Find:
     def find(param: Tensor) -> fused.Covered | None:
         group, index = _find(param)
-        if group is None or group not in attachment.groups or sharded.is_dtensor(param):
+        if group is None or group not in attachment.groups:
             return None
-        return fused.Covered(param, group.buffer.views[index], group.hooks, index, group.is_native)
+        whole = attachment.whole_of(param)
+        if whole is None and sharded.is_dtensor(param):
+            return None
+        taken = param if whole is None else whole
+        main = group.buffer.views[index]
+        return fused.Covered(taken, main, group.arrivals, index, group.is_native)
 
     return find
 
@@ -709,8 +758,10 @@ def attach(
         raise ValueError("attach: got no parameters: an empty model or list, or a used-up iterator")
     if not params:
         raise ValueError(f"attach: none of the {len(named)} parameters requires grad")
+    fully_sharded = fsdp.fully_sharded_of(root, params, process_group is not None, nonfinite)
     for name, param in params.items():
-        _check_param(name, param, backend)
+        whole = None if fully_sharded is None else fully_sharded.whole_of.get(param)
+        _check_param(name, param if whole is None else whole, backend)
         check_not_reduced(param)
         if _find(param)[0] is not None:
             raise ValueError(
@@ -726,7 +777,7 @@ def attach(
     optimizers.watch(_is_covered, _why_pending, _end_windows)
     n_frozen = len(named) - len(params)
     attachment = _Attachment(
-        params, float(scale), backend, fuse, root, n_frozen, nonfinite, reduction
+        params, float(scale), backend, fuse, root, n_frozen, nonfinite, reduction, fully_sharded
     )
     if reduction is not None:
         buffers = [] if root is None else root.buffers()

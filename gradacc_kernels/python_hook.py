@@ -41,9 +41,10 @@ class Demand(Enum):
 @dataclass
 class _Param:
     variable: Tensor
-    main: Tensor
+    main: Tensor  # of no memory, for as long as one with an owner is not written to
     partials: Tensor
     dtype: torch.dtype
+    owner: Tensor | None = None
     exposed: Tensor | None = None  # the view of main that is made `.grad`
     exposed_version: int = -1  # of it, when a gradient was last added
     statistics_version: int | None = None
@@ -130,6 +131,8 @@ class PythonHooks:
         queue_bytes: bytes of queued gradients at which they are launched.
         backend: the module whose ops do the work.
         owner: what must stay alive while a hook runs; with its death the hooks end.
+        sharded: empty, or the sharded parameters that own the whole ones in ``params``: see
+            csrc/autograd/hook.h, of GradHooks. Then main_grads is empty.
     """
 
     def __init__(
@@ -143,13 +146,18 @@ class PythonHooks:
         queue_bytes: int,
         backend: ModuleType,
         owner: object,
+        sharded: Sequence[Tensor] = (),
     ):
+        if sharded:
+            main_grads = [torch.empty(p.shape, dtype=torch.float32, device="meta") for p in params]
         extension = dispatch.extension()
         self._extension = None if isinstance(extension, str) else extension
         self._params = [
             _Param(param, main, slots, param.dtype)
             for param, main, slots in zip(params, main_grads, partials, strict=True)
         ]
+        for param, shard in zip(self._params, sharded, strict=False):
+            param.owner = shard
         self._scale = scale
         self._inv_scale = inv_scale
         self._device = inv_scale.device
@@ -263,6 +271,7 @@ class PythonHooks:
         self._adopt(param)
         self._show(param)
         param.statistics_version = None
+        self._let_go(param)
 
     def invalidate(self) -> None:
         """Declares the statistics slots stale."""
@@ -351,7 +360,14 @@ class PythonHooks:
     def _has_begun(self, param: _Param) -> bool:
         """Tells whether the window has summed a gradient of a parameter."""
         is_now = param.window == self._window and param.micro_batches > 0
-        return is_now and param.variable.grad is not None
+        return is_now and self._has_grad(param)
+
+    @staticmethod
+    def _has_grad(param: _Param) -> bool:
+        """Tells whether there is a sum: here, or reduced."""
+        if param.owner is not None and param.owner.grad is not None:
+            return True
+        return param.variable.grad is not None
 
     def most_micro_batches(self) -> int:
         """Tells the most that :meth:`micro_batches` is of any parameter."""
@@ -501,7 +517,26 @@ class PythonHooks:
             is_rounded = (main.to(grad.dtype) == grad) & (grad != 0)
             return torch.where(is_rounded, main, grad.to(main.dtype))
 
+    @staticmethod
+    def _take_up(param: _Param) -> None:
+        """Gives main memory: that of ``.grad``, or new one."""
+        grad = param.variable.grad
+        is_kept = grad is not None and as_main(grad, param.main.dtype) is grad
+        if is_kept and grad.stride() == param.main.stride():
+            param.main = grad.data
+        else:
+            param.main = torch.empty_like(param.main, device=param.variable.device)
+
+    @staticmethod
+    def _let_go(param: _Param) -> None:
+        """Leaves the memory of main to ``.grad`` alone."""
+        if param.owner is not None:
+            param.main = torch.empty_like(param.main, device="meta")
+            param.exposed = None
+
     def _adopt(self, param: _Param) -> bool:
+        if param.owner is not None:
+            self._take_up(param)
         grad = param.variable.grad
         if grad is None:
             return False
@@ -553,6 +588,7 @@ class PythonHooks:
         for param, _ in entries:
             self._show(param)
             self._describe(param)
+            self._let_go(param)
 
     def _consume(self, index: int, grad: Tensor | None) -> Tensor | None:
         """Returns what is left for AccumulateGrad: None, unless the gradient is not for us."""
@@ -625,7 +661,8 @@ class PythonHooks:
                 self._queue_under_way().entries.append(held)
                 return None
             self._flush_queued(param)
-            if entry[1].nbytes < self._queue_below and not _is_watched(param.variable):
+            is_read = param.owner is not None or _is_watched(param.variable)
+            if entry[1].nbytes < self._queue_below and not is_read:
                 self._enqueue(entry)
             else:
                 self._commit([entry], torch._C._current_graph_task_id())
@@ -794,7 +831,7 @@ class PythonHooks:
 
     def _count(self, param: _Param, graph_task: int, store: bool) -> None:
         """Counts one micro-batch more, unless this backward has been counted."""
-        if store or param.window != self._window:
+        if store and not self._has_grad(param) or param.window != self._window:
             param.window = self._window
             param.micro_batches = 0
         elif graph_task >= 0 and graph_task == param.graph_task:
@@ -955,6 +992,7 @@ class PythonHooks:
             self._show(param)
             if is_valid:
                 self._describe(param)
+            self._let_go(param)
             if here != home:
                 home.wait_stream(here)
         return True
@@ -964,6 +1002,8 @@ class PythonHooks:
         param = self._params[index]
         if param.variable.dtype == dtype:
             return param.variable
+        if param.owner is not None:  # a copy would outlive its memory
+            return WindowCast.make(param.variable, dtype)
         with self._lock:
             grad = param.variable.grad
             our_version = param.exposed_version if grad is param.exposed else -1

@@ -46,17 +46,18 @@ class WindowCast:
         """
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             self._copy = None
-            return _cast(weight, dtype)
+            return self.make(weight, dtype)
         now = (weight.data_ptr(), weight._version, _optimizer_steps, dtype)
         is_window_open = grad is not None and grad._version == our_version
         if self._copy is None or not is_window_open or now != self._weight:
             self._copy = None  # its memory can serve the new one
-            self._copy = _cast(weight, dtype)
+            self._copy = self.make(weight, dtype)
         self._weight = now
         return self._copy
 
-
-def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    # Unseen by selective checkpoints, which expect the same calls when they recompute.
-    with _disable_current_modes():
-        return weight.detach().to(dtype)
+    @staticmethod
+    def make(weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns a copy that is not kept."""
+        # Unseen by selective checkpoints, which expect the same calls when they recompute.
+        with _disable_current_modes():
+            return weight.detach().to(dtype)

@@ -31,7 +31,12 @@ _COUNT, _SUM = "micro_batches.", "main_grad."
 
 
 def save(attachment: Any) -> dict[str, Tensor]:
-    """Returns the window of an attachment; the sums are copies."""
+    """Returns the window of an attachment; the sums are copies.
+
+    Raises:
+        RuntimeError: micro-batches wait for FSDP2 to reduce them.
+    """
+    attachment.check_reduced()
     state = {
         "format": torch.tensor(FORMAT),
         "scale": torch.tensor(attachment.scale, dtype=torch.float64),

@@ -65,6 +65,20 @@ def test_zero(ranks, name):
 
 
 @needs_extension
+@pytest.mark.parametrize("name", names("fsdp_cases.py"))
+@runs("fsdp_cases.py", (2, "cpu"), (4, "cpu"), (2, "cuda"))
+def test_fsdp(ranks, name):
+    assert_passed(ranks, name)
+
+
+@needs_extension
+@pytest.mark.parametrize("name", names("tp_cases.py"))
+@runs("tp_cases.py", (2, "cpu"), (4, "cpu"), (2, "cuda"))
+def test_tp(ranks, name):
+    assert_passed(ranks, name)
+
+
+@needs_extension
 @runs("zero_cases.py", (2, "cpu"), (4, "cpu"))
 def test_one_process_resumes_what_ranks_have_saved(ranks):
     """This one, in which torch.distributed is not initialised."""

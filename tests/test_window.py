@@ -314,7 +314,7 @@ def test_a_fused_step_that_writes_gradients_makes_statistics_stale(hook):
 OPTIMIZERS = {
     "fused": lambda params: torch.optim.AdamW(params, lr=0.1, fused=True),
     "foreach": lambda params: torch.optim.AdamW(params, lr=0.1, foreach=True),
-    "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, fused=True),
+    "sgd": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9, fused=True),
 }
 
 

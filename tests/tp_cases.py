@@ -1,17 +1,15 @@
 """What several ranks do with DTensor parameters: cases, run as rank_cases.py describes."""
 
-import copy
 import itertools
 
 import oracle
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from hook_cases import backward
 from rank_cases import case, main
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,

@@ -213,7 +213,7 @@ void check_not_reduced(const at::Tensor& param) {
 
 GradHooks::GradHooks(std::vector<at::Tensor> params, std::vector<at::Tensor> main_grads,
                      std::vector<at::Tensor> partials, double scale, at::Tensor inv_scale,
-                     int64_t queue_below, int64_t queue_bytes)
+                     int64_t queue_below, int64_t queue_bytes, std::vector<at::Tensor> owners)
     : device_(inv_scale.device()),
       backend_(check_backend({"attach", "parameters"}, inv_scale.device())),
       scale_(check_scale("attach", scale)),
@@ -221,13 +221,19 @@ GradHooks::GradHooks(std::vector<at::Tensor> params, std::vector<at::Tensor> mai
       queue_below_(queue_below),
       queue_bytes_(queue_bytes) {
   check_scalar({"attach", "inv_scale"}, inv_scale_, device_);
+  if (!owners.empty()) {
+    check_length({"attach", "owners"}, owners.size(), params.size());
+    for (const at::Tensor& param : params)
+      main_grads.push_back(at::empty(param.sizes(), at::device(at::kMeta).dtype(at::kFloat)));
+  }
   check_length({"attach", "main_grads"}, main_grads.size(), params.size());
   check_length({"attach", "partials"}, partials.size(), params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     const auto index = static_cast<int64_t>(i);
-    check_main({"attach", "main_grads", index}, main_grads[i], device_);
-    check_partials({"attach", "partials", index}, partials[i], main_grads[i]);
+    if (owners.empty()) check_main({"attach", "main_grads", index}, main_grads[i], device_);
+    check_partials({"attach", "partials", index}, partials[i], params[i]);
     Param param;
+    if (!owners.empty()) param.owner = std::move(owners[i]);
     param.dtype = params[i].scalar_type();
     param.variable = std::move(params[i]);
     param.main = std::move(main_grads[i]);
@@ -309,6 +315,7 @@ void GradHooks::restore(Param& param) {
   adopt(param);
   show(param);
   param.statistics_version.reset();
+  let_go(param);
 }
 
 void GradHooks::invalidate() {
@@ -669,6 +676,7 @@ at::Tensor GradHooks::sum_of(const at::Tensor& grad, const Param& param) const {
 
 // Brings into main what `.grad` holds; false when there is none, so that main must be stored to.
 bool GradHooks::adopt(Param& param) {
+  if (param.owner.defined()) take_up(param);
   const at::Tensor& grad = param.variable.mutable_grad();
   if (!grad.defined()) return false;
   const at::Tensor value = sum_of(grad, param);
@@ -676,6 +684,23 @@ bool GradHooks::adopt(Param& param) {
   const at::NoGradGuard no_grad;
   param.main.copy_(value.is_alias_of(param.main) ? value.clone() : value);
   return true;
+}
+
+// Gives main memory: that of `.grad`, or new one.
+void GradHooks::take_up(Param& param) {
+  const at::Tensor& grad = param.variable.mutable_grad();
+  const bool is_kept = grad.defined() && is_main(grad) && same_layout(grad, param.main);
+  param.main =
+      is_kept ? grad.variable_data()
+              : at::empty_strided(param.main.sizes(), param.main.strides(), inv_scale_.options());
+}
+
+// Leaves the memory of main to `.grad` alone.
+void GradHooks::let_go(Param& param) {
+  if (!param.owner.defined()) return;
+  param.main = at::empty_strided(param.main.sizes(), param.main.strides(),
+                                 at::device(at::kMeta).dtype(at::kFloat));
+  param.exposed.reset();
 }
 
 // A tensor of its own, with a version counter of its own, which others may have cast or drawn into
@@ -720,6 +745,7 @@ void GradHooks::commit(const std::vector<Entry>& entries, int graph_task) {
     Param& param = *entry.param;
     show(param);
     describe(param);
+    let_go(param);
   }
 }
 
@@ -810,7 +836,12 @@ bool GradHooks::any_has_begun() const {
 
 // Whether the window has summed a gradient of it.
 bool GradHooks::has_begun(const Param& param) const {
-  return param.window == window_ && param.micro_batches > 0 && param.variable.grad().defined();
+  return param.window == window_ && param.micro_batches > 0 && has_grad(param);
+}
+
+// Whether there is a sum: here, or reduced.
+bool GradHooks::has_grad(const Param& param) const {
+  return param.variable.grad().defined() || (param.owner.defined() && param.owner.grad().defined());
 }
 
 // Before the first gradient that a backward has for us is added, and most others are delivered.
@@ -842,7 +873,7 @@ void GradHooks::follow_uses() {
 
 // One micro-batch more, unless this backward has been counted.
 void GradHooks::count(Param& param, int graph_task, bool store) {
-  if (store || param.window != window_) {
+  if ((store && !has_grad(param)) || param.window != window_) {
     param.window = window_;
     param.micro_batches = 0;
   } else if (graph_task >= 0 && graph_task == param.graph_task) {
@@ -852,9 +883,9 @@ void GradHooks::count(Param& param, int graph_task, bool store) {
   param.graph_task = graph_task;
 }
 
-// Whether hooks of others read `.grad` as soon as ours has returned.
+// Whether others read `.grad` as soon as our hook has returned.
 bool GradHooks::is_watched(const Param& param) const {
-  return !param.node || !param.node->post_hooks().empty() ||
+  return param.owner.defined() || !param.node || !param.node->post_hooks().empty() ||
          autograd::impl::post_acc_grad_hooks(param.variable) != nullptr;
 }
 
@@ -1055,6 +1086,7 @@ void GradHooks::write(Param& param, c10::function_ref<bool(const MainGrad&)> add
   show(param);
   param.statistics_version.reset();
   if (has_statistics) describe(param);
+  let_go(param);
 }
 
 // Prepared once a backward: inv_scale may have changed since the last one.
@@ -1082,6 +1114,8 @@ const Factor& GradHooks::factor() {
 at::Tensor GradHooks::cast(int64_t index, at::ScalarType dtype) {
   Param& param = params_.at(index);
   if (param.variable.scalar_type() == dtype) return param.variable;
+  // A copy would outlive the memory of a whole parameter, of which only shards are kept.
+  if (param.owner.defined()) return WindowCast::make(param.variable, dtype);
   const auto capture_id = backend_.capture_id(device_);
   const WindowCast::Key key(param.variable, dtype, capture_id);
   {

@@ -81,9 +81,13 @@ void check_not_reduced(const at::Tensor& param);
 class GradHooks : public std::enable_shared_from_this<GradHooks> {
  public:
   // main_grads: dense float32, in the layout of their parameters. partials: their slots.
+  // owners: empty, or the sharded parameters of which `params` are whole for one forward and
+  // backward, as FSDP2 has them. Then somebody takes `.grad` away inside of backward and brings
+  // what it has reduced to that of the owner, so that a main gradient lives no longer than `.grad`
+  // (`main_grads` is empty), and a window goes on where the owner has a `.grad`.
   GradHooks(std::vector<at::Tensor> params, std::vector<at::Tensor> main_grads,
             std::vector<at::Tensor> partials, double scale, at::Tensor inv_scale,
-            int64_t queue_below, int64_t queue_bytes);
+            int64_t queue_below, int64_t queue_bytes, std::vector<at::Tensor> owners = {});
 
   // Installs the hook where the node died or was made on a stream other than the current one, and
   // puts views back that Module.to() has cast.
@@ -178,7 +182,8 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
 
   struct Param {
     at::Tensor variable;
-    at::Tensor main;
+    at::Tensor owner;  // or none
+    at::Tensor main;   // of no memory, for as long as one with an owner is not written to
     at::Tensor partials;
     at::ScalarType dtype;
     bool is_cast = false;          // whether its gradient comes in float32, of uses in 16 bits
@@ -222,6 +227,8 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   bool are_statistics_valid(const Param& param) const;
   at::Tensor sum_of(const at::Tensor& grad, const Param& param) const;
   bool adopt(Param& param);
+  void take_up(Param& param);
+  void let_go(Param& param);
   void make_view(Param& param);
   void show(Param& param);
   void describe(Param& param);
@@ -233,6 +240,7 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   void begin_reduction();
   void begin_backward();
   bool any_has_begun() const;
+  bool has_grad(const Param& param) const;
   bool has_begun(const Param& param) const;
   bool is_left_over(const Param& param) const;
   void follow_uses();

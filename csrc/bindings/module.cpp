@@ -128,7 +128,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("found_inf", &gradacc::Statistics::found_inf);
   py::class_<GradHooks, std::shared_ptr<GradHooks>>(m, "GradHooks")
       .def(py::init<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>,
-                    double, at::Tensor, int64_t, int64_t>())
+                    double, at::Tensor, int64_t, int64_t, std::vector<at::Tensor>>())
       .def("refresh", &GradHooks::refresh, NoGil())
       .def("remove", &GradHooks::remove, NoGil())
       .def("expose", &GradHooks::expose, NoGil())
