@@ -273,24 +273,21 @@ def measure_all_reduce(n_bytes: int, memory: torch.Tensor, ranks: Ranks) -> dict
 # The run
 
 
-def blocks(
-    plan: Plan, sections: Sequence[str], with_fsdp2_attached: bool
-) -> list[tuple[str, Way, int, Sequence[int]]]:
+def blocks(plan: Plan, sections: Sequence[str]) -> list[tuple[str, Way, int, Sequence[int]]]:
     """Returns what is measured with a new model each: section, way, tokens, micro-batches."""
     one = plan.counts[:1]
     found: list[tuple[str, Way, int, Sequence[int]]] = []
     for n_tokens in plan.tokens:
-        ways = [*rank_ways.WAYS, *([rank_ways.FSDP2_ATTACHED] if with_fsdp2_attached else [])]
-        found += [("ways", way, n_tokens, plan.counts) for way in ways]
+        found += [("ways", way, n_tokens, plan.counts) for way in rank_ways.WAYS]
     for n_tokens in plan.tokens:
         options = (*rank_ways.OPTIONS, *rank_ways.OURS)
         found += [("options", way, n_tokens, one) for way in options]
     for n_tokens in plan.tokens:
         for n_bytes in plan.buckets:
-            found.append(("buckets", rank_ways.with_buckets(n_bytes), n_tokens, one))
+            found.append(("buckets", rank_ways.reduced_by(n_bytes), n_tokens, one))
     for max_ctas in plan.thread_blocks:
         for embeds in (True, False):
-            way = rank_ways.with_buckets(plan.buckets[-1], max_ctas, embeds)
+            way = rank_ways.reduced_by(plan.buckets[-1], max_ctas, embeds)
             found.append(("blocks", way, plan.tokens[0], one))
     return [block for block in found if block[0] in sections]
 
@@ -316,15 +313,18 @@ def targets_of(rows: Sequence[dict]) -> list[dict]:
             case[key] = max(case.get(key, 0.0), r["tokens_per_s"])
     found = []
     for (tokens, count), case in rates.items():
-        for family in ("bf16", "autocast"):
+        for family in ("bf16", "autocast", "fsdp2"):
             ours = case.get(("ours", family))
             for peer, name in ((("ddp", family), "DDP"), (("fsdp2", "fsdp2"), "FSDP2")):
+                if family == "fsdp2" and peer not in case:
+                    continue  # DDP has no shards
                 ratio = None if ours is None or peer not in case else ours / case[peer]
                 title = f"T={tokens}, K={count}, {family}: tokens/s over {name}"
                 found.append(targets.target(title, ratio, 1.0))
     for r in rows:
         is_aimed_at = (r["tokens"], r["micro_batches"]) == (HIDDEN_TOKENS, 1)
-        if r["section"] == "ways" and r["role"] == "ours" and is_aimed_at:
+        is_ours = (r["section"], r["role"]) == ("ways", "ours") and "exposed_share" in r
+        if is_ours and is_aimed_at:
             title = f"T={HIDDEN_TOKENS}, K=1, {r['family']}: exposed share of the reduction"
             found.append(targets.target(title, r["exposed_share"], HIDDEN, at_most=True))
     return found
@@ -419,7 +419,7 @@ def run(options: argparse.Namespace, ranks: Ranks) -> Results:
 
     if "all_reduce" in options.sections:
         attempt("all_reduce", all_reduce)
-    for section, way, n_tokens, counts in blocks(plan, options.sections, options.fsdp2_attach):
+    for section, way, n_tokens, counts in blocks(plan, options.sections):
         what = f"{section}, T={n_tokens}, {way.family}, {way.name}"
         attempt(what, partial(block, section, way, n_tokens, counts))
     return results
@@ -437,7 +437,6 @@ def parse_arguments() -> argparse.Namespace:
         default=SECTIONS,
         metavar=",".join(SECTIONS),
     )
-    parser.add_argument("--fsdp2-attach", action="store_true", help="measure attach over FSDP2 too")
     parser.add_argument("--json", type=Path, help="results file to write", metavar="PATH")
     options = parser.parse_args()
     if not set(options.sections) <= set(SECTIONS):

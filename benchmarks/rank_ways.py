@@ -226,12 +226,19 @@ class Way:
 
 OURS = tuple(Way("attach", family, "ours", Attached) for family in ("bf16", "autocast"))
 
-# Ours next to DDP of the same parameters, for the clocks' sake.
+# Ours next to the peer of the same parameters, for the clocks' sake.
 WAYS = (
     OURS[0],
     Way("DDP", "bf16", "ddp", Ddp),
     Way("FSDP2", "fsdp2", "fsdp2", Fsdp),
+    Way("FSDP2, attach", "fsdp2", "ours", partial(Fsdp, attach=True)),
     Way("FSDP2, reshard_after_forward=False", "fsdp2", "fsdp2", partial(Fsdp, reshards=False)),
+    Way(
+        "FSDP2, reshard_after_forward=False, attach",
+        "fsdp2",
+        "ours",
+        partial(Fsdp, reshards=False, attach=True),
+    ),
     OURS[1],
     Way("DDP", "autocast", "ddp", Ddp),
 )
@@ -243,10 +250,8 @@ OPTIONS = (
     Way("attach(DDP)", "autocast", "option", AttachedDdp),
 )
 
-FSDP2_ATTACHED = Way("FSDP2, attach", "fsdp2", "option", partial(Fsdp, attach=True))
 
-
-def with_buckets(bucket_bytes: int, max_ctas: int | None = None, embeds: bool = True) -> Way:
+def reduced_by(bucket_bytes: int, max_ctas: int | None = None, embeds: bool = True) -> Way:
     """Returns our way over bfloat16 parameters with another reduction: see Attached."""
     limited = "" if max_ctas is None else f", {max_ctas} thread blocks"
     name = f"attach{limited}{'' if embeds else ', no embedding'}"

@@ -26,6 +26,7 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end generated -->
     master_params DEVICE      losses with float32 masters: master_params_DEVICE.json
     ranks DEVICE              windows on several GPUs: ranks_DEVICE.json
     ranks DEVICE buckets      the sizes of buckets
+    ranks DEVICE blocks       fewer thread blocks of NCCL, and no embedding
     ranks DEVICE costs        a collective by its size, and the passes of a micro-batch
 
 A block of ranks says that it was not measured where there is no such file.
@@ -687,10 +688,15 @@ FAMILIES_OF_RANKS = {"bf16": "bfloat16 parameters", "autocast": "autocast", "fsd
 
 
 def ranks_block(device: str, *options: str) -> str:
-    """Returns the block ``ranks DEVICE [buckets|costs]``."""
-    tables = {(): windows_table, ("buckets",): buckets_table, ("costs",): costs_tables}
+    """Returns the block ``ranks DEVICE [buckets|blocks|costs]``."""
+    tables = {
+        (): windows_table,
+        ("buckets",): buckets_table,
+        ("blocks",): blocks_table,
+        ("costs",): costs_tables,
+    }
     if options not in tables:
-        raise RenderError(f"ranks DEVICE takes buckets or costs, got {' '.join(options)}")
+        raise RenderError(f"ranks DEVICE takes buckets, blocks or costs, got {' '.join(options)}")
     if not (RESULTS / f"ranks_{device}.json").is_file():
         return "Not measured yet.\n"
     return tables[options](load(f"ranks_{device}"))
@@ -698,7 +704,7 @@ def ranks_block(device: str, *options: str) -> str:
 
 def windows_table(results: dict) -> str:
     """Returns the table of all ways, by the tokens of a micro-batch."""
-    rows = [r for r in results["rows"] if r["section"] != "buckets"]
+    rows = [r for r in results["rows"] if r["section"] in ("ways", "options")]
     counts = sorted({r["micro_batches"] for r in rows})
     columns = [f"tokens/s of {results['world_size']} GPUs", *(f"K={count}" for count in counts)]
     columns += ["reduction alone", "exposed, K=1", "share", "peak GB", "reserved GB"]
@@ -741,12 +747,13 @@ def rank_ratios(
             key = role, family, count
             rates[key] = max(rates.get(key, 0.0), r["tokens_per_s"])
     lines = []
-    for family in ("bf16", "autocast"):
+    for family in ("bf16", "autocast", "fsdp2"):
         for peer, name in ((("ddp", family), "DDP"), (("fsdp2", "fsdp2"), "FSDP2's best")):
             pairs = [(rates.get(("ours", family, k)), rates.get((*peer, k))) for k in counts]
             ratios = [f"{own / other:.3f}" if own and other else "" for own, other in pairs]
             if any(ratios):
-                title = f"attach / {name}, {FAMILIES_OF_RANKS[family]}"
+                ours = FAMILIES_OF_RANKS[family] or "over FSDP2"
+                title = f"attach / {name}, {ours}"
                 lines.append([title, *ratios, *(width - 1 - len(ratios)) * [""]])
     return lines
 
@@ -765,6 +772,14 @@ def buckets_table(results: dict) -> str:
         for r in (by_case.get((n_bytes, tokens)) for tokens in lengths):
             line += [time_of(r), *(window_cells({1: r}, [1])[2:4] if r else ["", ""])]
         lines.append(line)
+    return table(columns, lines, results)
+
+
+def blocks_table(results: dict) -> str:
+    """Returns the table of what a reduction shares with backward: a window of one micro-batch."""
+    rows = [r for r in results["rows"] if r["section"] == "blocks"]
+    lines = [[r["name"], time_of(r), *window_cells({1: r}, [1])[1:4]] for r in rows]
+    columns = ["", "window", "reduction alone", "exposed", "share"]
     return table(columns, lines, results)
 
 
