@@ -69,6 +69,7 @@ class Plan:
         tokens: of a micro-batch.
         counts: of micro-batches in a window, in rising order, from 1 on.
         buckets: their bytes.
+        reduced_by: of attach's ways to reduce.
         thread_blocks: the most that NCCL may use.
         log2_bytes: the sizes of all_reduce.
         seconds: of samples, for each row.
@@ -79,7 +80,8 @@ class Plan:
     tokens: tuple[int, ...]
     counts: tuple[int, ...]
     buckets: tuple[int, ...]
-    thread_blocks: tuple[int | None, ...]
+    reduced_by: tuple[str, ...]
+    thread_blocks: tuple[int, ...]
     log2_bytes: range
     seconds: float
     least_samples: int
@@ -100,8 +102,9 @@ PLANS = {
         llama.Shape(),
         tokens=(4096, 1024),
         counts=(1, 4, 16),
-        buckets=tuple(mib << 20 for mib in (1, 4, 16, 32, 64, 256)),
-        thread_blocks=(None, 4, 8, 16),
+        buckets=tuple(mib << 20 for mib in (4, 32, 64, 256)),
+        reduced_by=("copies", "all_reduce"),
+        thread_blocks=(8, 16),
         log2_bytes=range(20, 33),
         seconds=1.5,
         least_samples=4,
@@ -111,7 +114,8 @@ PLANS = {
         tokens=(16,),
         counts=(1, 2),
         buckets=(1 << 12, 1 << 16),
-        thread_blocks=(None,),
+        reduced_by=("all_reduce",),
+        thread_blocks=(),
         log2_bytes=range(10, 13),
         seconds=0,
         least_samples=2,
@@ -245,7 +249,7 @@ def measure_window(loop: Loop, count: int, plan: Plan, ranks: Ranks) -> dict:
         row["exposed_us"] = round(statistics.median(differences), 3)
     if is_split and isinstance(loop, Attached):
         alone = wall_timing(ranks.sample([loop.reduce_alone], max(3, plan.least_samples))[0])
-        row["bucket_bytes"] = loop.bucket_bytes
+        row["bucket_bytes"] = loop.reducer.bucket_bytes
         row["reduction_us"] = round(alone.p50, 3)
         row["exposed_share"] = round(row["exposed_us"] / alone.p50, 4)
         halves = [loop.halves() for _ in range(max(3, plan.least_samples))]
@@ -283,12 +287,15 @@ def blocks(plan: Plan, sections: Sequence[str]) -> list[tuple[str, Way, int, Seq
         options = (*rank_ways.OPTIONS, *rank_ways.OURS)
         found += [("options", way, n_tokens, one) for way in options]
     for n_tokens in plan.tokens:
-        for n_bytes in plan.buckets:
-            found.append(("buckets", rank_ways.reduced_by(n_bytes), n_tokens, one))
-    for max_ctas in plan.thread_blocks:
-        for embeds in (True, False):
-            way = rank_ways.reduced_by(plan.buckets[-1], max_ctas, embeds)
-            found.append(("blocks", way, plan.tokens[0], one))
+        for reduce_by in plan.reduced_by:
+            for n_bytes in plan.buckets:
+                way = rank_ways.reduced_by(reduce_by, bucket_bytes=n_bytes)
+                found.append(("buckets", way, n_tokens, one))
+    shared = [(each, None, embeds) for each in plan.reduced_by for embeds in (True, False)]
+    shared += [("all_reduce", limit, True) for limit in plan.thread_blocks]
+    for reduce_by, limit, embeds in shared:
+        way = rank_ways.reduced_by(reduce_by, max_ctas=limit, embeds=embeds)
+        found.append(("blocks", way, plan.tokens[0], one))
     return [block for block in found if block[0] in sections]
 
 
@@ -464,8 +471,9 @@ def main() -> None:
     results = run(options, ranks)
     gc.unfreeze()
     if ranks.rank == 0 and results.rows:
-        print(report.table(results.rows, COLUMNS, n_text=3))
-        print(f"\n{targets.table(targets_of(results.rows))}", flush=True)
+        print(report.table(results.rows, COLUMNS, n_text=3), flush=True)
+        if aimed_at := targets_of(results.rows):
+            print(f"\n{targets.table(aimed_at)}", flush=True)
     ranks.barrier()
     dist.destroy_process_group()
     report.end(results.failures)

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gradacc_kernels as gk
-from gradacc_kernels.distributed import BUCKET_BYTES
+from gradacc_kernels.reducer import Reducer
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -92,7 +92,7 @@ class Attached(Loop):
     """attach with a process group.
 
     Args:
-        bucket_bytes, options: of attach.
+        options: of attach.
         max_ctas: thread blocks that NCCL may use, each of which keeps an SM from backward.
         embeds: whether the input embedding is trained, whose gradient comes last.
     """
@@ -101,18 +101,19 @@ class Attached(Loop):
         self,
         model: llama.Llama,
         *args,
-        bucket_bytes: int = BUCKET_BYTES,
         max_ctas: int | None = None,
         embeds: bool = True,
         **options,
     ):
         super().__init__(model, *args)
-        self.bucket_bytes = bucket_bytes
         model.embedding.requires_grad_(embeds)
         group = dist.group.WORLD if max_ctas is None else limited_group(max_ctas)
-        self.accumulator = gk.attach(
-            model, process_group=group, bucket_bytes=bucket_bytes, **options
-        )
+        self.accumulator = gk.attach(model, process_group=group, **options)
+
+    @property
+    def reducer(self) -> Reducer:
+        """What reduces its gradients."""
+        return self.accumulator._attachment.reducer
 
     def no_sync(self) -> AbstractContextManager:
         """See Loop."""
@@ -120,9 +121,8 @@ class Attached(Loop):
 
     def reduce_alone(self) -> None:
         """Reduces all buckets with nothing beside; averaging again changes no value."""
-        reducer = self.accumulator._attachment.reducer
-        reducer.launch(0, 1 + max(reducer.bucket_of))
-        reducer.wait()
+        self.reducer.launch(0, 1 + max(self.reducer.bucket_of))
+        self.reducer.wait()
 
 
 @functools.cache
@@ -243,17 +243,30 @@ WAYS = (
     Way("DDP", "autocast", "ddp", Ddp),
 )
 
+BY_ALL_REDUCE = partial(Attached, reduce_by="all_reduce")
 IN_16_BITS = partial(Attached, reduce_dtype=BF16)
 OPTIONS = (
+    Way("attach(reduce_by='all_reduce')", "bf16", "option", BY_ALL_REDUCE),
+    Way("attach(reduce_by='all_reduce')", "autocast", "option", BY_ALL_REDUCE),
     Way("attach(reduce_dtype=bfloat16)", "bf16", "option", IN_16_BITS),
     Way("attach(reduce_dtype=bfloat16)", "autocast", "option", IN_16_BITS),
     Way("attach(DDP)", "autocast", "option", AttachedDdp),
 )
 
 
-def reduced_by(bucket_bytes: int, max_ctas: int | None = None, embeds: bool = True) -> Way:
-    """Returns our way over bfloat16 parameters with another reduction: see Attached."""
-    limited = "" if max_ctas is None else f", {max_ctas} thread blocks"
-    name = f"attach{limited}{'' if embeds else ', no embedding'}"
-    loop = partial(Attached, bucket_bytes=bucket_bytes, max_ctas=max_ctas, embeds=embeds)
-    return Way(name, "bf16", "ours", loop)
+def reduced_by(way: str, *, embeds: bool = True, **options: int | None) -> Way:
+    """Returns our way over bfloat16 parameters with another reduction.
+
+    Args:
+        way: of attach's reduce_by.
+        embeds: see Attached.
+        **options: of Attached; those that are None are left out.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    parts = [way]
+    if "max_ctas" in options:
+        parts.append(f"{options['max_ctas']} thread blocks")
+    if not embeds:
+        parts.append("no embedding")
+    loop = partial(Attached, reduce_by=way, embeds=embeds, **options)
+    return Way(", ".join(parts), "bf16", "ours", loop)

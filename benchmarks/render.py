@@ -762,14 +762,14 @@ def buckets_table(results: dict) -> str:
     """Returns the table of bucket sizes: a window of one micro-batch."""
     rows = [r for r in results["rows"] if r["section"] == "buckets"]
     lengths = list(dict.fromkeys(r["tokens"] for r in rows))
-    by_case = {(r["bucket_bytes"], r["tokens"]): r for r in rows}
-    columns = ["buckets of"]
+    by_case = {(r["name"], r["bucket_bytes"], r["tokens"]): r for r in rows}
+    columns = ["reduced by", "buckets of"]
     for tokens in lengths:
         columns += [f"window, T={tokens}", "exposed", "share"]
     lines = []
-    for n_bytes in sorted({r["bucket_bytes"] for r in rows}):
-        line = [binary(n_bytes)]
-        for r in (by_case.get((n_bytes, tokens)) for tokens in lengths):
+    for name, n_bytes in dict.fromkeys((r["name"], r["bucket_bytes"]) for r in rows):
+        line = [escape(name), binary(n_bytes)]
+        for r in (by_case.get((name, n_bytes, tokens)) for tokens in lengths):
             line += [time_of(r), *(window_cells({1: r}, [1])[2:4] if r else ["", ""])]
         lines.append(line)
     return table(columns, lines, results)
@@ -778,7 +778,7 @@ def buckets_table(results: dict) -> str:
 def blocks_table(results: dict) -> str:
     """Returns the table of what a reduction shares with backward: a window of one micro-batch."""
     rows = [r for r in results["rows"] if r["section"] == "blocks"]
-    lines = [[r["name"], time_of(r), *window_cells({1: r}, [1])[1:4]] for r in rows]
+    lines = [[escape(r["name"]), time_of(r), *window_cells({1: r}, [1])[1:4]] for r in rows]
     columns = ["", "window", "reduction alone", "exposed", "share"]
     return table(columns, lines, results)
 

@@ -57,6 +57,7 @@ class FlatBuffer:
     Args:
         params: tensors of one device.
         dtype: of the main gradients: float32, or float64.
+        allocate: makes zeros: torch.zeros, or one of the same arguments.
 
     Attributes:
         flat: 1-D, zero at first.
@@ -67,9 +68,14 @@ class FlatBuffer:
         ends: where each view ends in flat, with the gap after it.
     """
 
-    def __init__(self, params: Sequence[Tensor], dtype: torch.dtype):
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        dtype: torch.dtype,
+        allocate: Callable[..., Tensor] = torch.zeros,
+    ):
         device = params[0].device
-        self.flat, self.views = lay_out(params, dtype, allocate=torch.zeros)
+        self.flat, self.views = lay_out(params, dtype, allocate=allocate)
         counts = [checks.num_chunks(param.numel()) for param in params]
         self.partials = torch.zeros(sum(counts), dtype=dtype, device=device)
         self.slots = list(self.partials.split(counts))

@@ -13,152 +13,24 @@ once a window.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradacc_kernels import dispatch, sharded, stalls
+from gradacc_kernels import copies, dispatch, sharded
+from gradacc_kernels.reducer import Reducer
 
 REDUCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-BUCKET_BYTES = 32 << 20
+WAYS = ("auto", "all_reduce", "copies")
+LEAST_BUCKET_BYTES, MOST_BUCKET_BYTES, BUCKETS = 32 << 20, 256 << 20, 16
 INSTEAD = (
     "Leave DistributedDataParallel out, and attach the model by "
     "gradacc_kernels.attach(model, process_group=torch.distributed.group.WORLD)"
 )
-
-
-class Reducer:
-    """Reduces the flat buffer of one group of parameters over the ranks of a process group.
-
-    Args:
-        flat: 1-D main gradients.
-        ends: where the view of each parameter ends in it, with the gap after it.
-        process_group: whose ranks hold equal parameters.
-        reduce_dtype: in which gradients travel and are summed.
-        bucket_bytes: of float32, at which a bucket is full; its last parameter may exceed it.
-
-    Attributes:
-        bucket_of: the bucket of each parameter. Bucket 0 holds the last parameters, whose gradients
-            come first.
-        has_reduced: whether a reduction has ended since this was last set to False.
-    """
-
-    def __init__(
-        self,
-        flat: Tensor,
-        ends: Sequence[int],
-        process_group: dist.ProcessGroup,
-        reduce_dtype: torch.dtype,
-        bucket_bytes: int,
-    ):
-        self.process_group = process_group
-        self.world_size = dist.get_world_size(process_group)
-        self.bucket_of, bounds = _bucket(ends, max(1, bucket_bytes // flat.itemsize))
-        self._mains = [flat[begin:end] for begin, end in bounds]
-        self._travelling = self._mains
-        if reduce_dtype != flat.dtype:
-            scratch = torch.empty_like(flat, dtype=reduce_dtype)
-            self._travelling = [scratch[begin:end] for begin, end in bounds]
-        # gloo has no average.
-        self._averages = stalls.backend_of(process_group, flat.device) == "nccl"
-        self._under_way: list[tuple[int, dist.Work]] = []
-        self._watch: stalls.Watch | None = None
-        if self._averages:
-            timeout = stalls.timeout_of(process_group, flat.device)
-            self._watch = stalls.Watch(process_group, timeout)
-        self.has_reduced = False
-        self.windows = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes beside the main gradients."""
-        return 0 if self._travelling is self._mains else sum(t.nbytes for t in self._travelling)
-
-    def launch(self, first: int, last: int) -> None:
-        """Begins to reduce buckets, on the current stream."""
-        for bucket in range(first, last):
-            travelling = self._travelling[bucket]
-            if travelling is not self._mains[bucket]:
-                travelling.copy_(self._mains[bucket])
-            with self._telling(bucket):
-                self._under_way.append((bucket, self._all_reduce(travelling, bucket)))
-
-    def wait(self) -> None:
-        """Has the current stream wait for what was launched, and brings it into the main gradients.
-
-        On the CPU the caller waits.
-        """
-        under_way, self._under_way = self._under_way, []
-        for bucket, work in under_way:
-            with self._telling(bucket):
-                work.wait()
-            main, travelled = self._mains[bucket], self._travelling[bucket]
-            if travelled is not main:
-                main.copy_(travelled)
-            if not self._averages:
-                main.mul_(1 / self.world_size)
-        self.has_reduced = True
-        self.windows += 1
-
-    def average(self, value: Tensor) -> None:
-        """Replaces a tensor by its mean over the ranks; the current stream waits for it."""
-        with self._telling(None):
-            self._all_reduce(value.view(-1), None).wait()
-        if not self._averages:
-            value.mul_(1 / self.world_size)
-
-    def _all_reduce(self, tensor: Tensor, bucket: int | None) -> dist.Work:
-        operation = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
-        work = dist.all_reduce(tensor, operation, self.process_group, async_op=True)
-        # One that is captured into a CUDA graph never ends, nor may it be asked.
-        if self._watch is not None and not torch.cuda.is_current_stream_capturing():
-            self._watch.add(*self._name(bucket), work)
-        return work
-
-    def _name(self, bucket: int | None) -> tuple[int, str]:
-        """The number of a reduction, and what of it is under way; weights come after buckets."""
-        if bucket is None:
-            return self.windows, "the weights"
-        return self.windows + 1, f"bucket {bucket} of {len(self._mains)}"
-
-    @contextlib.contextmanager
-    def _telling(self, bucket: int | None) -> Iterator[None]:
-        """Says which bucket and which ranks it was where a collective fails."""
-        if self._watch is not None and self._watch.failure is not None:
-            raise RuntimeError(self._watch.failure)
-        try:
-            yield
-        except RuntimeError as error:
-            reduction, what = self._name(bucket)
-            missing = stalls.missing_after_error(self.process_group, reduction, what)
-            raise RuntimeError(
-                f"gradacc_kernels: rank {dist.get_rank(self.process_group)} could not reduce "
-                f"{what} in reduction {reduction}: {missing}. What the ranks hold differs now: "
-                f"restart them from a checkpoint ({error})"
-            ) from error
-
-
-def _bucket(ends: Sequence[int], elements: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """Cuts a buffer into slices, from its end on.
-
-    Returns:
-        The bucket of each parameter, and the bounds of each bucket.
-    """
-    bucket_of = [0] * len(ends)
-    bounds: list[tuple[int, int]] = []
-    last = ends[-1]
-    for index in reversed(range(len(ends))):
-        bucket_of[index] = len(bounds)
-        begin = ends[index - 1] if index else 0
-        if last - begin >= elements or index == 0:
-            bounds.append((begin, last))
-            last = begin
-    return bucket_of, bounds
 
 
 class Reduction:
@@ -167,6 +39,7 @@ class Reduction:
     Attributes:
         is_on: whether backwards reduce; not inside of no_sync().
         steps: every so many backwards of a window.
+        are_copies: whether ranks read each other's memory, in place of all-reduces.
     """
 
     def __init__(
@@ -174,13 +47,16 @@ class Reduction:
         process_group: dist.ProcessGroup,
         steps: int,
         reduce_dtype: torch.dtype,
-        bucket_bytes: int,
+        bucket_bytes: int | None,
+        reduce_by: str,
     ):
         self.process_group = process_group
         self.steps = steps
         self.is_on = True
         self._reduce_dtype = reduce_dtype
         self._bucket_bytes = bucket_bytes
+        self._reduce_by = reduce_by
+        self.are_copies = False
 
     def check(self, groups: Sequence[Any]) -> None:
         """Raises where parameters cannot be reduced together."""
@@ -193,8 +69,35 @@ class Reduction:
 
     def check_alike(self, named: dict[str, Tensor], options: Iterable[Any]) -> None:
         """Raises on every rank where their parameters, or the options of attach, differ."""
-        options = (self.steps, self._reduce_dtype, self._bucket_bytes, *options)
+        options = (
+            self.steps,
+            self._reduce_dtype,
+            self._bucket_bytes,
+            self._reduce_by,
+            *options,
+        )
         check_alike("attach", named, options, self.process_group)
+
+    def choose(self, device: torch.device) -> None:
+        """Chooses between all-reduces and copies, the same on all ranks; a collective.
+
+        Raises:
+            RuntimeError: copies were asked for, and are not possible.
+        """
+        if self._reduce_by == "all_reduce" or self._reduce_dtype != torch.float32:
+            return
+        reason = copies.why_not(self.process_group, device)
+        if reason is not None and self._reduce_by == "copies":
+            raise RuntimeError(
+                f"attach: reduce_by='copies' is not possible: {reason}. Leave reduce_by out"
+            )
+        self.are_copies = reason is None
+
+    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Returns zeros for main gradients."""
+        if self.are_copies and copies.can_be_on(device):
+            return copies.allocate(numel, dtype, device)
+        return torch.zeros(numel, dtype=dtype, device=device)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Gives tensors the values that they have on the first rank of the group."""
@@ -202,18 +105,23 @@ class Reduction:
 
     def reducer_of(self, group: Any, before: Reducer | None) -> Reducer:
         """Returns what reduces a group of parameters from now on, by its hooks."""
-        reducer = Reducer(
-            group.buffer.flat,
-            group.buffer.ends,
-            self.process_group,
-            self._reduce_dtype,
-            self._bucket_bytes,
-        )
+        flat, ends = group.buffer.flat, group.buffer.ends
+        bucket_bytes = self._bucket_bytes or bucket_bytes_of(flat.nbytes)
+        reducer: Reducer
+        if self.are_copies and copies.can_be_on(flat.device):
+            reducer = copies.CopyReducer(flat, ends, self.process_group, bucket_bytes)
+        else:
+            reducer = Reducer(flat, ends, self.process_group, self._reduce_dtype, bucket_bytes)
         if before is not None:
             reducer.has_reduced, reducer.windows = before.has_reduced, before.windows
         overlaps = group.nonfinite in ("skip_window", "ignore")
         group.hooks.reduce_with(reducer.bucket_of, reducer.launch, overlaps)
         return reducer
+
+
+def bucket_bytes_of(flat_bytes: int) -> int:
+    """Returns the bytes of a bucket: a 16th of the buffer, but 32 to 256 MiB."""
+    return min(max(flat_bytes // BUCKETS, LEAST_BUCKET_BYTES), MOST_BUCKET_BYTES)
 
 
 def is_hooked(params: Iterable[Tensor]) -> bool | None:
@@ -259,15 +167,24 @@ def check_reduced_once(params: Iterable[Tensor]) -> None:
 
 
 def reduction_of(
-    process_group: Any, steps: Any, reduce_dtype: Any, bucket_bytes: Any
+    process_group: Any, steps: Any, reduce_dtype: Any, bucket_bytes: Any, reduce_by: Any
 ) -> Reduction | None:
     """Returns what attach's arguments ask for; None without a process group.
 
     Raises:
         TypeError, ValueError, RuntimeError: as attach.
     """
+    if reduce_by not in WAYS:
+        raise ValueError(f"attach: reduce_by must be one of {WAYS}, got {reduce_by!r}")
     if process_group is None:
-        for name, value in {"steps": steps, "reduce_dtype": reduce_dtype}.items():
+        asked_for = None if reduce_by == "auto" else reduce_by
+        options = {
+            "steps": steps,
+            "reduce_dtype": reduce_dtype,
+            "bucket_bytes": bucket_bytes,
+            "reduce_by": asked_for,
+        }
+        for name, value in options.items():
             if value is not None:
                 raise ValueError(
                     f"attach: {name} is that of a reduction over ranks: pass process_group too"
@@ -280,9 +197,17 @@ def reduction_of(
         raise ValueError(
             f"attach: reduce_dtype must be None or one of {REDUCE_DTYPES}, got {reduce_dtype!r}"
         )
-    if type(bucket_bytes) is not int or bucket_bytes < 1:
-        raise ValueError(f"attach: bucket_bytes must be a positive int, got {bucket_bytes!r}")
-    return Reduction(process_group, steps or 1, reduce_dtype or torch.float32, bucket_bytes)
+    if bucket_bytes is not None and (type(bucket_bytes) is not int or bucket_bytes < 1):
+        raise ValueError(
+            f"attach: bucket_bytes must be a positive int or None, got {bucket_bytes!r}"
+        )
+    reduce_dtype = reduce_dtype or torch.float32
+    if reduce_by == "copies" and reduce_dtype != torch.float32:
+        raise ValueError(
+            f"attach: reduce_by='copies' averages in float32, got reduce_dtype={reduce_dtype}: "
+            "leave one of them out"
+        )
+    return Reduction(process_group, steps or 1, reduce_dtype, bucket_bytes, reduce_by)
 
 
 def check_process_group(function: str, option: str, process_group: Any) -> None:

@@ -13,7 +13,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -131,6 +131,7 @@ class _Group:
         inv_scale: Tensor,
         backend: str,
         owner: _Attachment,
+        allocate: Callable[..., Tensor],
         wholes: list[Tensor] | None = None,
     ):
         self.names = names
@@ -141,7 +142,7 @@ class _Group:
         self.dtype = main_dtype(params[0])
         self.is_sharded = any(map(sharded.is_dtensor, params))
         self.buffer: Any = (
-            FlatBuffer([sharded.local(param) for param in params], self.dtype)
+            FlatBuffer([sharded.local(param) for param in params], self.dtype, allocate)
             if wholes is None
             else fsdp.WholeStorage(wholes)
         )
@@ -264,7 +265,10 @@ class _Attachment:
             names, members = list(named), list(named.values())
             inv_scale = inv_scales[device]
             wholes = [self.whole_of(param) for param in members] if is_whole else None
-            groups.append(_Group(names, members, self.scale, inv_scale, backend, self, wholes))
+            allocate = torch.zeros if self.reduction is None else self.reduction.allocate
+            groups.append(
+                _Group(names, members, self.scale, inv_scale, backend, self, allocate, wholes)
+            )
             if self.uses_inv_scale:
                 groups[-1].hooks.use_inv_scale()
             if self.nonfinite == "skip_micro_batch":
@@ -651,7 +655,8 @@ def attach(
     process_group: Any = None,
     steps: int | None = None,
     reduce_dtype: torch.dtype | None = None,
-    bucket_bytes: int = distributed.BUCKET_BYTES,
+    bucket_bytes: int | None = None,
+    reduce_by: str = "auto",
 ) -> Accumulator:
     """Makes backward accumulate into float32 main gradients: main = fma(grad, s, main).
 
@@ -707,7 +712,11 @@ def attach(
             ``no_sync()``. The same on every rank.
         reduce_dtype: in which gradients travel and are summed: None for float32. Half the bytes,
             and each rank's sum and every addition is rounded: see docs/numerics.md.
-        bucket_bytes: of float32 gradients that are reduced together.
+        bucket_bytes: of float32 gradients that are reduced together; None for a 16th of all, but 32
+            to 256 MiB.
+        reduce_by: ``"all_reduce"`` of the process group, or ``"copies"``, by which ranks whose GPUs
+            can access each other's memory, on one host, average without taking multiprocessors from
+            backward. ``"auto"`` for copies where they are possible. They are in float32.
 
     Returns:
         The :class:`Accumulator`.
@@ -768,12 +777,15 @@ def attach(
                 f"attach: parameter {name} is attached already; call detach() on its Accumulator "
                 "first"
             )
-    reduction = distributed.reduction_of(process_group, steps, reduce_dtype, bucket_bytes)
+    reduction = distributed.reduction_of(
+        process_group, steps, reduce_dtype, bucket_bytes, reduce_by
+    )
     if reduction is not None:
         distributed.check_reduced_once(params.values())
         for name, param in params.items():
             sharded.check_replicas(param, name, process_group)
         reduction.check_alike(params, (float(scale), nonfinite))
+        reduction.choose(next(iter(params.values())).device)
     optimizers.watch(_is_covered, _why_pending, _end_windows)
     n_frozen = len(named) - len(params)
     attachment = _Attachment(

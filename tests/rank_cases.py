@@ -95,11 +95,11 @@ def assert_reduced(ranks, model, sums, roundings=2):
 @case
 def window_equals_that_of_one_process(ranks):
     for backend in ranks.backends:
-        for count, bucket_bytes, way in (
-            (1, 1, "no_sync"),
-            (4, 1 << 20, "no_sync"),
-            (4, 700, "steps"),
-            (3, 700, "micro_batch"),
+        for count, bucket_bytes, way, reduce_by in (
+            (1, 1, "no_sync", "auto"),
+            (4, 1 << 20, "no_sync", "all_reduce"),
+            (4, 700, "steps", "auto"),
+            (3, 700, "micro_batch", "all_reduce"),
         ):
             model = ranks.model()
             expected = mean_sum(ranks, model, count)
@@ -110,6 +110,7 @@ def window_equals_that_of_one_process(ranks):
                 process_group=ranks.group,
                 bucket_bytes=bucket_bytes,
                 steps=steps,
+                reduce_by=reduce_by,
             )
             for window in range(2):
                 for index, x in enumerate(ranks.batches(count)):

@@ -65,6 +65,13 @@ def test_zero(ranks, name):
 
 
 @needs_extension
+@pytest.mark.parametrize("name", names("copy_cases.py"))
+@runs("copy_cases.py", (2, "cpu"), (4, "cpu"), (2, "cuda"))
+def test_copies(ranks, name):
+    assert_passed(ranks, name)
+
+
+@needs_extension
 @pytest.mark.parametrize("name", names("fsdp_cases.py"))
 @runs("fsdp_cases.py", (2, "cpu"), (4, "cpu"), (2, "cuda"))
 def test_fsdp(ranks, name):

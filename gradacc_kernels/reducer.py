@@ -1,0 +1,154 @@
+"""The buckets of a flat buffer, averaged over ranks by torch.distributed while backward runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradacc_kernels import stalls
+
+
+class Reducer:
+    """Reduces the flat buffer of one group of parameters over the ranks of a process group.
+
+    Args:
+        flat: 1-D main gradients.
+        ends: where the view of each parameter ends in it, with the gap after it.
+        process_group: whose ranks hold equal parameters.
+        reduce_dtype: in which gradients travel and are summed.
+        bucket_bytes: of float32, at which a bucket is full; its last parameter may exceed it.
+
+    Attributes:
+        bucket_of: the bucket of each parameter. Bucket 0 holds the last parameters, whose gradients
+            come first.
+        has_reduced: whether a reduction has ended since this was last set to False.
+    """
+
+    def __init__(
+        self,
+        flat: Tensor,
+        ends: Sequence[int],
+        process_group: dist.ProcessGroup,
+        reduce_dtype: torch.dtype,
+        bucket_bytes: int,
+    ):
+        self.process_group = process_group
+        self.world_size = dist.get_world_size(process_group)
+        self.bucket_bytes = bucket_bytes
+        self.bucket_of, self._bounds = _bucket(ends, max(1, bucket_bytes // flat.itemsize))
+        self._mains = [flat[begin:end] for begin, end in self._bounds]
+        self._travelling = self._mains
+        if reduce_dtype != flat.dtype:
+            scratch = torch.empty_like(flat, dtype=reduce_dtype)
+            self._travelling = [scratch[begin:end] for begin, end in self._bounds]
+        # gloo has no average.
+        self._averages = stalls.backend_of(process_group, flat.device) == "nccl"
+        self._under_way: list[tuple[int, Any]] = []
+        self._timeout = stalls.timeout_of(process_group, flat.device)
+        self._watch: stalls.Watch | None = None
+        if self._averages:
+            self._watch = stalls.Watch(process_group, self._timeout)
+        self.has_reduced = False
+        self.windows = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes beside the main gradients."""
+        return 0 if self._travelling is self._mains else sum(t.nbytes for t in self._travelling)
+
+    def launch(self, first: int, last: int) -> None:
+        """Begins to reduce buckets, on the current stream."""
+        for bucket in range(first, last):
+            with self._telling(bucket):
+                self._under_way.append((bucket, self._begin(bucket)))
+
+    def wait(self) -> None:
+        """Has the current stream wait for what was launched, and brings it into the main gradients.
+
+        On the CPU the caller waits.
+        """
+        under_way, self._under_way = self._under_way, []
+        for bucket, work in under_way:
+            with self._telling(bucket):
+                work.wait()
+            self._finish(bucket)
+        self.has_reduced = True
+        self.windows += 1
+
+    def average(self, value: Tensor) -> None:
+        """Replaces a tensor by its mean over the ranks; the current stream waits for it."""
+        with self._telling(None):
+            self._all_reduce(value.view(-1), None).wait()
+        if not self._averages:
+            value.mul_(1 / self.world_size)
+
+    def _begin(self, bucket: int) -> Any:
+        """Begins to reduce a bucket; returns what can be waited for, as a dist.Work."""
+        travelling = self._travelling[bucket]
+        if travelling is not self._mains[bucket]:
+            travelling.copy_(self._mains[bucket])
+        return self._all_reduce(travelling, bucket)
+
+    def _finish(self, bucket: int) -> None:
+        """Brings what was reduced into the main gradients."""
+        main, travelled = self._mains[bucket], self._travelling[bucket]
+        if travelled is not main:
+            main.copy_(travelled)
+        if not self._averages:
+            main.mul_(1 / self.world_size)
+
+    def _all_reduce(self, tensor: Tensor, bucket: int | None) -> dist.Work:
+        operation = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
+        work = dist.all_reduce(tensor, operation, self.process_group, async_op=True)
+        return self._watched(work, bucket)
+
+    def _watched(self, work: Any, bucket: int | None) -> Any:
+        # One that is captured into a CUDA graph never ends, nor may it be asked.
+        if self._watch is not None and not torch.cuda.is_current_stream_capturing():
+            self._watch.add(*self._name(bucket), work)
+        return work
+
+    def _name(self, bucket: int | None) -> tuple[int, str]:
+        """The number of a reduction, and what of it is under way; weights come after buckets."""
+        if bucket is None:
+            return self.windows, "the weights"
+        return self.windows + 1, f"bucket {bucket} of {len(self._mains)}"
+
+    @contextlib.contextmanager
+    def _telling(self, bucket: int | None) -> Iterator[None]:
+        """Says which bucket and which ranks it was where a collective fails."""
+        if self._watch is not None and self._watch.failure is not None:
+            raise RuntimeError(self._watch.failure)
+        try:
+            yield
+        except RuntimeError as error:
+            reduction, what = self._name(bucket)
+            missing = stalls.missing_after_error(self.process_group, reduction, what)
+            raise RuntimeError(
+                f"gradacc_kernels: rank {dist.get_rank(self.process_group)} could not reduce "
+                f"{what} in reduction {reduction}: {missing}. What the ranks hold differs now: "
+                f"restart them from a checkpoint ({error})"
+            ) from error
+
+
+def _bucket(ends: Sequence[int], elements: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """Cuts a buffer into slices, from its end on.
+
+    Returns:
+        The bucket of each parameter, and the bounds of each bucket.
+    """
+    bucket_of = [0] * len(ends)
+    bounds: list[tuple[int, int]] = []
+    last = ends[-1]
+    for index in reversed(range(len(ends))):
+        bucket_of[index] = len(bounds)
+        begin = ends[index - 1] if index else 0
+        if last - begin >= elements or index == 0:
+            bounds.append((begin, last))
+            last = begin
+    return bucket_of, bounds
