@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent
 def names(script):
     body = ast.parse((FOLDER / script).read_text()).body
     functions = (n for n in body if isinstance(n, ast.FunctionDef))
-    return [f.name for f in functions if any("case" == d.id for d in f.decorator_list)]
+    return [f.name for f in functions if "case" in map(ast.unparse, f.decorator_list)]
 
 
 def gpus(count):
