@@ -51,7 +51,7 @@ METHOD = {
     "time": "wall clock of the slowest rank, median",
     "exposed": "K = 1: the window less one that does not reduce, in turns, median",
     "reduction": "all buckets, nothing beside them, median",
-    "memory": "of torch's allocator during a window, the most of all ranks",
+    "memory": "of torch's allocator and symmetric memory in a window, the most of all ranks",
 }
 TIMEOUT = timedelta(seconds=60)  # of a collective for which another rank does not come
 MOST_SAMPLES = 20
@@ -188,8 +188,10 @@ class Ranks:
         pairs = list(zip(slowest[::2], slowest[1::2], strict=True))
         return [pairs[index :: len(calls)] for index in range(len(calls))]
 
-    def peak_of(self, call: Callable[[], object]) -> tuple[float, dict[str, int | None]]:
-        """Returns the microseconds of a call, and the most memory during it."""
+    def peak_of(
+        self, call: Callable[[], object], unseen_bytes: int
+    ) -> tuple[float, dict[str, int | None]]:
+        """Returns the microseconds of a call, and the most memory during it, the unseen with it."""
         names = ("allocated_bytes", "reserved_bytes")
         if self.device.type != "cuda":
             return self.sample([call], 1)[0][0][0], dict.fromkeys(names)
@@ -197,7 +199,8 @@ class Ranks:
         torch.cuda.reset_peak_memory_stats()
         took = self.sample([call], 1)[0][0][0]
         peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        return took, dict(zip(names, map(int, self.largest(peaks)), strict=True))
+        largest = self.largest([peak + unseen_bytes for peak in peaks])
+        return took, dict(zip(names, map(int, largest), strict=True))
 
 
 # Windows
@@ -237,7 +240,7 @@ def measure_window(loop: Loop, count: int, plan: Plan, ranks: Ranks) -> dict:
         for _ in range(calls):
             loop.window(count, reduces)
 
-    took, peaks = ranks.peak_of(windows)
+    took, peaks = ranks.peak_of(windows, loop.unseen_bytes)
     wanted = int(plan.seconds * 1e6 / took)
     n_samples = min(MOST_SAMPLES, max(plan.least_samples, wanted))
     is_split = count == 1 and loop.skips

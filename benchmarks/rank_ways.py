@@ -41,9 +41,11 @@ class Loop:
 
     Attributes:
         skips: whether a window can leave its reduction out.
+        unseen_bytes: on a device, which torch's allocator does not count.
     """
 
     skips = True
+    unseen_bytes = 0
 
     def __init__(self, module: nn.Module, autocast: bool, tokens: Tensor, targets: Tensor):
         self.module = module
@@ -109,6 +111,11 @@ class Attached(Loop):
         model.embedding.requires_grad_(embeds)
         group = dist.group.WORLD if max_ctas is None else limited_group(max_ctas)
         self.accumulator = gk.attach(model, process_group=group, **options)
+
+    @property
+    def unseen_bytes(self) -> int:
+        """See Loop: symmetric memory."""
+        return self.reducer.symmetric_bytes
 
     @property
     def reducer(self) -> Reducer:

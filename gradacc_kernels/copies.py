@@ -7,26 +7,38 @@ Copies between GPUs run on copy engines. The kernels of an all-reduce run on mul
 backward's matrix products count on: where a few of them are taken, a product whose blocks were to
 run at once takes a second round. So less of a reduction is hidden behind backward than it seems.
 
-Memory that others can read, and barriers on the GPU, are those of torch.distributed's symmetric
-memory. The main gradients lie in it. Bytes on the links are those of an all-reduce,
-2 (R - 1) / R times 4, an element and rank.
+The last bucket holds the first parameters, whose gradients come when nothing of backward is left to
+hide behind: as a rule an embedding, of which a window has touched a few rows. Kernels read it, and
+leave out the chunks in which all ranks have zeros.
+
+Memory that others can read is that of torch.distributed's symmetric memory. The main gradients lie
+in it. Bytes on the links are those of an all-reduce, 2 (R - 1) / R times 4, an element and rank.
 """
 
 from __future__ import annotations
 
+import importlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradacc_kernels import dispatch
+from gradacc_kernels import dispatch, signals
 from gradacc_kernels.reducer import Reducer
 
 SCRATCH_BYTES = 128 << 20  # for what was read and not added yet
+
+
+class Piece(NamedTuple):
+    """What this rank averages of a bucket by one kernel: main, what it reads, and into what."""
+
+    main: Tensor
+    theirs: list[Tensor]
+    read: Tensor
 
 
 class CopyReducer(Reducer):
@@ -48,16 +60,31 @@ class CopyReducer(Reducer):
         self._flat = flat
         self._memory = rendezvous(flat, process_group)
         self._rank = self._memory.rank
+        self._signal = None
+        if flat.is_cuda:
+            flags = allocate(self.world_size, torch.int32, flat.device)
+            torch.cuda.synchronize(flat.device)  # they are zeros before another rank writes
+            self._signal = signals.StreamBarrier(flags, rendezvous(flags, process_group))
         self._peers = [(self._rank + i) % self.world_size for i in range(1, self.world_size)]
         n_peers = max(1, len(self._peers))
         longest = max(end - begin for bounds in self._bounds for begin, end in self._parts(*bounds))
         self._piece = min(longest, SCRATCH_BYTES // flat.itemsize // n_peers)
         self._scratch = flat.new_empty(n_peers, self._piece)
+        self._pieces = [self._pieces_of(*bounds) for bounds in self._bounds]
+        self._others = [self._others_of(*bounds) for bounds in self._bounds]
+        self._touched: Touched | None = None
+        if dispatch.why_missing("triton") is None:
+            self._touched = Touched(self._mains[-1], self._bounds[-1][0], self._of, process_group)
+
+    @property
+    def symmetric_bytes(self) -> int:
+        """Bytes that torch.cuda's statistics do not show: the main gradients, and marks."""
+        return self._flat.nbytes + (0 if self._touched is None else self._touched.nbytes)
 
     @property
     def nbytes(self) -> int:
         """Bytes beside the main gradients."""
-        return self._scratch.nbytes
+        return self._scratch.nbytes + (0 if self._touched is None else self._touched.nbytes)
 
     def _parts(self, begin: int, end: int) -> list[tuple[int, int]]:
         """The bounds of each rank's part of a bucket, on boundaries of cache lines."""
@@ -65,27 +92,38 @@ class CopyReducer(Reducer):
         cuts = [min(begin + rank * step, end) for rank in range(self.world_size + 1)]
         return list(zip(cuts, cuts[1:], strict=False))
 
-    def _begin(self, bucket: int) -> Any:
-        parts = self._parts(*self._bounds[bucket])
-        self._barrier()  # all ranks have summed the bucket
-        self._reduce_own(*parts[self._rank])
-        self._barrier()
-        for peer in self._peers:
-            begin, end = parts[peer]
-            self._flat[begin:end].copy_(self._of(peer, begin, end))
-        return self._watched(_Copied(self._flat.device), bucket)
-
-    def _reduce_own(self, begin: int, end: int) -> None:
+    def _pieces_of(self, begin: int, end: int) -> list[Piece]:
+        begin, end = self._parts(begin, end)[self._rank]
+        found = []
         for first in range(begin, end, self._piece):
             last = min(first + self._piece, end)
+            theirs = [self._of(peer, first, last) for peer in self._peers]
             read = self._scratch[: len(self._peers), : last - first]
-            for peer, values in zip(self._peers, read, strict=True):
-                values.copy_(self._of(peer, first, last))
-            mean_(self._flat[first:last], read)
+            found.append(Piece(self._flat[first:last], theirs, read))
+        return found
 
-    def _of(self, peer: int, begin: int, end: int) -> Tensor:
-        """Elements of the buffer of another rank."""
-        return self._memory.get_buffer(peer, (end - begin,), self._flat.dtype, begin)
+    def _others_of(self, begin: int, end: int) -> list[tuple[Tensor, Tensor]]:
+        """The parts of other ranks: where they go, and where they come from."""
+        parts = self._parts(begin, end)
+        return [(self._flat[slice(*parts[r])], self._of(r, *parts[r])) for r in self._peers]
+
+    def _of(self, rank: int, begin: int, end: int) -> Tensor:
+        """Elements of the buffer of a rank."""
+        return self._memory.get_buffer(rank, (end - begin,), self._flat.dtype, begin)
+
+    def _begin(self, bucket: int) -> Any:
+        if self._touched is not None and bucket == len(self._mains) - 1:
+            self._touched.average(self._barrier)
+        else:
+            self._barrier()  # all ranks have summed the bucket
+            for piece in self._pieces[bucket]:
+                for values, others in zip(piece.read, piece.theirs, strict=True):
+                    values.copy_(others)
+                mean_(piece.main, piece.read)
+            self._barrier()
+            for values, means in self._others[bucket]:
+                values.copy_(means)
+        return self._watched(_Copied(self._flat.device), bucket)
 
     def _finish(self, bucket: int) -> None:
         """Nothing: what was copied is the mean."""
@@ -96,7 +134,74 @@ class CopyReducer(Reducer):
         self._barrier()  # no rank reads any more what the next window writes
 
     def _barrier(self) -> None:
-        self._memory.barrier(0, int(self._timeout * 1000))
+        # A stream's own waits count, and a graph that is replayed would not.
+        if self._signal is None or torch.cuda.is_current_stream_capturing():
+            self._memory.barrier(0, int(self._timeout * 1000))
+        else:
+            self._signal()
+
+    def _end_wait(self) -> Callable[[str], None] | None:
+        # Nothing but an error ends a stream's wait. What that takes is there before it is needed.
+        device = self._travelling[0].device
+        if device.type != "cuda":
+            return None
+        holds, stream = torch.ones(1, device=device), torch.cuda.Stream(device)
+        torch._assert_async(holds, "")
+        fails = torch.zeros_like(holds)
+        torch.cuda.synchronize(device)
+
+        def end(failure: str) -> None:
+            with torch.cuda.stream(stream):
+                torch._assert_async(fails, failure)
+
+        return end
+
+
+class Touched:
+    """Averages a slice of the flat buffers, but for the chunks in which all ranks have zeros.
+
+    Args:
+        main: float32 [n], of this rank.
+        offset: of the slice.
+        of: (rank, begin, end) -> elements of the flat buffer of a rank.
+        process_group: of the ranks. Making this is a collective.
+    """
+
+    def __init__(
+        self,
+        main: Tensor,
+        offset: int,
+        of: Callable[[int, int, int], Tensor],
+        process_group: dist.ProcessGroup,
+    ):
+        self._kernels = importlib.import_module("gradacc_kernels.triton_peers")
+        self._main = main
+        count, ranks = self._kernels.num_chunks(main.numel()), dist.get_world_size(process_group)
+        self._marks = allocate(count, torch.int32, main.device)
+        memory = rendezvous(self._marks, process_group)
+        self._rank = memory.rank
+        cuts = [min(rank * -(-count // ranks), count) for rank in range(ranks + 1)]
+        self._parts = list(zip(cuts, cuts[1:], strict=False))
+        self._keeps = [memory.get_buffer(r, (count,), torch.int32, 0) for r in range(ranks)]
+        mains = [of(rank, offset, offset + 1).data_ptr() for rank in range(ranks)]
+        marks = [each.data_ptr() for each in self._keeps]
+        self._tables = torch.tensor([mains, marks], device=main.device).unbind()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes beside the main gradients."""
+        return self._marks.nbytes
+
+    def average(self, barrier: Callable[[], None]) -> None:
+        """Averages, on the current stream."""
+        kernels, own = self._kernels, (self._main, *self._tables, self._rank)
+        kernels.mark_(self._marks, self._main)
+        barrier()
+        kernels.average_marked_(*own, self._parts[self._rank])
+        barrier()
+        for rank, part in enumerate(self._parts):
+            if rank != self._rank:
+                kernels.gather_marked_(*own, rank, part)
 
 
 class _Copied:
@@ -126,7 +231,7 @@ def mean_(main: Tensor, others: Tensor) -> None:
         others: [P, n], the rows dense.
     """
     if main.is_cuda:
-        dispatch.module("triton").mean_(main, others)
+        importlib.import_module("gradacc_kernels.triton_peers").mean_(main, others)
         return
     for other in others:
         main.add_(other)

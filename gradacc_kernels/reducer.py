@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,10 +51,13 @@ class Reducer:
         self._under_way: list[tuple[int, Any]] = []
         self._timeout = stalls.timeout_of(process_group, flat.device)
         self._watch: stalls.Watch | None = None
-        if self._averages:
-            self._watch = stalls.Watch(process_group, self._timeout)
+        end_wait = self._end_wait()
+        if self._averages or end_wait is not None:
+            self._watch = stalls.Watch(process_group, self._timeout, end_wait)
         self.has_reduced = False
         self.windows = 0
+
+    symmetric_bytes = 0  # of symmetric memory, which torch.cuda's statistics do not show
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +89,10 @@ class Reducer:
             self._all_reduce(value.view(-1), None).wait()
         if not self._averages:
             value.mul_(1 / self.world_size)
+
+    def _end_wait(self) -> Callable[[str], None] | None:
+        """Returns what ends a wait for a rank that is gone; None: torch.distributed does."""
+        return None
 
     def _begin(self, bucket: int) -> Any:
         """Begins to reduce a bucket; returns what can be waited for, as a dist.Work."""
@@ -139,6 +146,8 @@ class Reducer:
 def _bucket(ends: Sequence[int], elements: int) -> tuple[list[int], list[tuple[int, int]]]:
     """Cuts a buffer into slices, from its end on.
 
+    A parameter that fills a bucket has one of its own: others need not wait for its gradient.
+
     Returns:
         The bucket of each parameter, and the bounds of each bucket.
     """
@@ -146,8 +155,11 @@ def _bucket(ends: Sequence[int], elements: int) -> tuple[list[int], list[tuple[i
     bounds: list[tuple[int, int]] = []
     last = ends[-1]
     for index in reversed(range(len(ends))):
+        begin, end = ends[index - 1] if index else 0, ends[index]
+        if end - begin >= elements and end < last:
+            bounds.append((end, last))
+            last = end
         bucket_of[index] = len(bounds)
-        begin = ends[index - 1] if index else 0
         if last - begin >= elements or index == 0:
             bounds.append((begin, last))
             last = begin

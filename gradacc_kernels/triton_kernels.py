@@ -550,18 +550,6 @@ def _row_squares_kernel(
         tl.store(partials_ptr + chunk, _square_sum(main, mask))
 
 
-@triton.jit
-def _mean_kernel(main_ptr, others_ptr, stride, n_others, n_elements, factor, CHUNK: tl.constexpr):
-    """main = factor * (main + the sum of others), in the order of others."""
-    offsets = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
-    mask = offsets < n_elements
-    total = tl.load(main_ptr + offsets, mask=mask, other=0.0)
-    for _ in range(n_others):
-        total += tl.load(others_ptr + offsets, mask=mask, other=0.0)
-        others_ptr += stride
-    tl.store(main_ptr + offsets, total * factor, mask=mask)
-
-
 def _on(device):
     """Makes a device current, for Triton launches on the current one."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
@@ -895,20 +883,4 @@ def scale_(mains, factor):
     with _on(device):
         _scale_kernel[(min(chunks, processors * PROGRAMS_PER_PROCESSOR),)](
             table, len(rows), chunks, factor, CHUNK=CHUNK_SIZE, num_warps=NUM_WARPS
-        )
-
-
-def mean_(main, others):
-    """See :func:`gradacc_kernels.copies.mean_`."""
-    increment_version(main)
-    with _on(main.device):
-        _mean_kernel[(num_chunks(main.numel()),)](
-            main,
-            others,
-            others.stride(0),
-            len(others),
-            main.numel(),
-            1 / (1 + len(others)),
-            CHUNK=CHUNK_SIZE,
-            num_warps=NUM_WARPS,
         )

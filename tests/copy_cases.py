@@ -112,6 +112,37 @@ def means_are_those_of_all_values(ranks):
 
 
 @case
+def untouched_rows_are_left_alone(ranks):
+    """Of the first parameter: rows that one rank has touched, or all of them, or none."""
+    words, width = 400, 96
+    with by_copies(ranks):
+        table = torch.nn.Parameter(torch.zeros(words, width, device=ranks.device))
+        accumulator = gk.attach([table], process_group=ranks.group)
+        touched = accumulator._attachment.reducer._touched
+        assert touched is not None
+        sparse = []
+        for seed, rows in enumerate((0, 3, 3, words)):
+            torch.manual_seed(10 * seed + ranks.rank)
+            value = torch.zeros(words, width)
+            value[torch.randperm(words)[:rows]] = torch.randn(rows, width)
+            if seed == 2 and ranks.rank == 1:
+                value[value == 0] = -0.0
+                value[7, 5] = torch.nan
+            value = value.to(ranks.device)
+            (table * value).sum().backward()
+            parts = torch.stack([part.double() for part in ranks.gathered(value)])
+            bound = parts.abs().sum(0) * 2**-23
+            error = (table.grad.double() - parts.mean(0)).abs()
+            assert ((error <= bound) | (error.isnan() & bound.isnan())).all()
+            assert table.grad.isnan().any() == (seed == 2)
+            ranks.assert_same([table.grad.nan_to_num()])
+            sparse.append(touched._marks.sum().item())
+            table.grad = None
+        assert sparse[0] == 0 < sparse[1] < sparse[3] == len(touched._marks)
+        accumulator.detach()
+
+
+@case
 def what_is_impossible_is_refused(ranks):
     model = ranks.model()
     for options, words in (

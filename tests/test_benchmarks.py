@@ -386,20 +386,22 @@ def test_two_ranks_measure_all_ways(monkeypatch, tmp_path):
     assert results["failures"] == results["skipped"] == []
     rows = results["rows"]
     assert {r["role"] for r in rows} == {"ours", "ddp", "fsdp2", "option"}
-    assert {r["section"] for r in rows} == {"ways", "options", "buckets"}
+    assert {r["section"] for r in rows} == {"ways", "options", "buckets", "blocks"}
     for r in rows:
         rate = 2 * r["micro_batches"] * r["tokens"] / r["p50_us"] * 1e6
         assert r["tokens_per_s"] == pytest.approx(rate, rel=1e-3)
-        is_ours = r["role"] == "ours" and r["micro_batches"] == 1
+        is_ours = r["role"] == "ours" and r["family"] != "fsdp2" and r["micro_batches"] == 1
         assert ("forward_s" in r and r["reduction_us"] > 0) or not is_ours
     assert all(r["seconds"] > 0 for r in results["all_reduce"])
     assert "window ms" in outputs[0] and "window ms" not in outputs[1]
     monkeypatch.setattr(render, "RESULTS", tmp_path)
-    windows, buckets, costs = (render.ranks_block("x", *o) for o in ((), ("buckets",), ("costs",)))
+    parts = ((), ("buckets",), ("blocks",), ("costs",))
+    windows, buckets, blocks, costs = (render.ranks_block("x", *options) for options in parts)
     assert "| **attach, autocast** | **" in windows and "attach / FSDP2's best, autocast" in windows
-    assert "| 4 KiB |" in buckets and "T=16, autocast" in costs
+    assert r"| all\_reduce | 4 KiB |" in buckets and r"| all\_reduce, no embedding |" in blocks
+    assert "T=16, autocast" in costs
     assert render.ranks_block("y") == "Not measured yet.\n"
-    with pytest.raises(render.RenderError, match="buckets or costs"):
+    with pytest.raises(render.RenderError, match="buckets, blocks or costs"):
         render.ranks_block("x", "full")
 
 
@@ -426,4 +428,5 @@ def test_targets_of_ranks_are_set_against_the_faster_peer():
     ]
     rows.append({**rows[0], "section": "options", "tokens_per_s": 900.0})
     found = [(t["measured"], t["met"]) for t in bench_ranks.targets_of(rows)]
-    assert found == [(1.5, True), (0.75, False), (None, None), (None, None), (0.2, False)]
+    unmeasured = 3 * [(None, None)]  # ours of the other families, over their peers
+    assert found == [(1.5, True), (0.75, False), *unmeasured, (0.2, False)]
