@@ -79,7 +79,7 @@ class CopyReducer(Reducer):
     @property
     def symmetric_bytes(self) -> int:
         """Bytes that torch.cuda's statistics do not show: the main gradients, and marks."""
-        return self._flat.nbytes + (0 if self._touched is None else self._touched.nbytes)
+        return self._flat.nbytes + (0 if self._touched is None else self._touched.marks.nbytes)
 
     @property
     def nbytes(self) -> int:
@@ -165,6 +165,9 @@ class Touched:
         offset: of the slice.
         of: (rank, begin, end) -> elements of the flat buffer of a rank.
         process_group: of the ranks. Making this is a collective.
+
+    Attributes:
+        marks: int32, of the chunks that are not zero on this rank.
     """
 
     def __init__(
@@ -177,31 +180,27 @@ class Touched:
         self._kernels = importlib.import_module("gradacc_kernels.triton_peers")
         self._main = main
         count, ranks = self._kernels.num_chunks(main.numel()), dist.get_world_size(process_group)
-        self._marks = allocate(count, torch.int32, main.device)
-        memory = rendezvous(self._marks, process_group)
-        self._rank = memory.rank
-        cuts = [min(rank * -(-count // ranks), count) for rank in range(ranks + 1)]
-        self._parts = list(zip(cuts, cuts[1:], strict=False))
+        self.marks = allocate(count, torch.int32, main.device)
+        memory = rendezvous(self.marks, process_group)
         self._keeps = [memory.get_buffer(r, (count,), torch.int32, 0) for r in range(ranks)]
         mains = [of(rank, offset, offset + 1).data_ptr() for rank in range(ranks)]
         marks = [each.data_ptr() for each in self._keeps]
-        self._tables = torch.tensor([mains, marks], device=main.device).unbind()
+        tables = torch.tensor([mains, marks], device=main.device)
+        self._listed = self._kernels.Listed(*tables, memory.rank, main)
 
     @property
     def nbytes(self) -> int:
         """Bytes beside the main gradients."""
-        return self._marks.nbytes
+        return self.marks.nbytes + self._listed.nbytes
 
     def average(self, barrier: Callable[[], None]) -> None:
         """Averages, on the current stream."""
-        kernels, own = self._kernels, (self._main, *self._tables, self._rank)
-        kernels.mark_(self._marks, self._main)
+        self._kernels.mark_(self.marks, self._main)
         barrier()
-        kernels.average_marked_(*own, self._parts[self._rank])
+        self._listed.find()
+        self._listed.average()
         barrier()
-        for rank, part in enumerate(self._parts):
-            if rank != self._rank:
-                kernels.gather_marked_(*own, rank, part)
+        self._listed.gather()
 
 
 class _Copied:

@@ -11,9 +11,10 @@ import triton.language as tl
 from torch.autograd.graph import increment_version
 
 ELEMENTS = 2048  # of a chunk
-ROWS = 8  # the chunks of a program
-MEAN_ELEMENTS = 1024  # of a program that averages without marks
-NUM_WARPS = 8
+ROWS = 8  # the chunks that a program marks
+BLOCK = 1024  # those that one lists
+PROGRAMS_PER_PROCESSOR = 8
+MEAN_ELEMENTS = 1024
 
 
 @triton.jit
@@ -29,16 +30,10 @@ def _mean_kernel(main_ptr, others_ptr, stride, n_others, n_elements, factor, CHU
 
 
 @triton.jit
-def _chunks(first, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """The chunks of a program, and the offsets of their elements."""
-    chunks = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    return chunks, chunks.to(tl.int64)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-
-
-@triton.jit
 def _mark_kernel(bits_ptr, marks_ptr, n_elements, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     """marks[c] = whether a bit of chunk c is set."""
-    chunks, offsets = _chunks(0, ROWS, CHUNK)
+    chunks = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    offsets = chunks.to(tl.int64)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     bits = tl.load(bits_ptr + offsets, mask=offsets < n_elements, other=0)
     has_bits = tl.max((bits != 0).to(tl.int32), axis=1)
     tl.store(marks_ptr + chunks, has_bits, mask=chunks * CHUNK < n_elements)
@@ -50,60 +45,61 @@ def _address(table_ptr, rank, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _average_kernel(
-    mains_ptr,
-    marks_ptr,
-    rank,
-    n_ranks,
-    first,
-    end,
-    n_elements,
-    factor,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Averages those of chunks first to end that a rank has marked, and marks them then."""
-    chunks, offsets = _chunks(first, ROWS, CHUNK)
-    is_marked = tl.zeros((ROWS,), tl.int32)
-    for each in range(n_ranks):
-        is_marked |= tl.load(_address(marks_ptr, each, tl.int32) + chunks, chunks < end, other=0)
-    mask = (is_marked != 0)[:, None] & (offsets < n_elements)
-    main_ptr = _address(mains_ptr, rank, tl.float32)
-    total = tl.load(main_ptr + offsets, mask=mask, other=0.0)
-    for step in range(1, n_ranks):
-        other_ptr = _address(mains_ptr, (rank + step) % n_ranks, tl.float32)
-        total += tl.load(other_ptr + offsets, mask=mask, other=0.0)
-    tl.store(main_ptr + offsets, total * factor, mask=mask)
-    tl.store(_address(marks_ptr, rank, tl.int32) + chunks, is_marked, mask=is_marked != 0)
+def _list_kernel(marks_ptr, n_ranks, chunks_ptr, count_ptr, n_chunks, BLOCK: tl.constexpr):
+    """Lists the chunks that any rank has marked, in no order."""
+    chunks = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_marked = tl.zeros((BLOCK,), tl.int32)
+    for rank in range(n_ranks):
+        marks = _address(marks_ptr, rank, tl.int32)
+        is_marked |= tl.load(marks + chunks, mask=chunks < n_chunks, other=0)
+    begin = tl.atomic_add(count_ptr, tl.sum(is_marked))
+    places = begin + tl.cumsum(is_marked) - 1
+    tl.store(chunks_ptr + places, chunks, mask=is_marked != 0)
 
 
 @triton.jit
-def _gather_kernel(
+def _average_kernel(
     mains_ptr,
-    marks_ptr,
     rank,
-    owner,
-    first,
-    end,
+    n_ranks,
+    chunks_ptr,
+    count_ptr,
+    part,
     n_elements,
-    ROWS: tl.constexpr,
+    factor,
     CHUNK: tl.constexpr,
 ):
-    """Copies those of chunks first to end from their owner that it has marked."""
-    chunks, offsets = _chunks(first, ROWS, CHUNK)
-    is_marked = tl.load(_address(marks_ptr, owner, tl.int32) + chunks, chunks < end, other=0)
-    mask = (is_marked != 0)[:, None] & (offsets < n_elements)
-    values = tl.load(_address(mains_ptr, owner, tl.float32) + offsets, mask=mask)
-    tl.store(_address(mains_ptr, rank, tl.float32) + offsets, values, mask=mask)
+    """Averages those of the listed chunks that are this rank's part."""
+    main_ptr = _address(mains_ptr, rank, tl.float32)
+    for place in range(tl.program_id(0), tl.load(count_ptr), tl.num_programs(0)):
+        chunk = tl.load(chunks_ptr + place)
+        if chunk // part == rank:
+            offsets = chunk.to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+            mask = offsets < n_elements
+            total = tl.load(main_ptr + offsets, mask=mask, other=0.0)
+            for step in range(1, n_ranks):
+                other_ptr = _address(mains_ptr, (rank + step) % n_ranks, tl.float32)
+                total += tl.load(other_ptr + offsets, mask=mask, other=0.0)
+            tl.store(main_ptr + offsets, total * factor, mask=mask)
+
+
+@triton.jit
+def _gather_kernel(mains_ptr, rank, chunks_ptr, count_ptr, part, n_elements, CHUNK: tl.constexpr):
+    """Copies those of the listed chunks that are other ranks' parts, from those."""
+    main_ptr = _address(mains_ptr, rank, tl.float32)
+    for place in range(tl.program_id(0), tl.load(count_ptr), tl.num_programs(0)):
+        chunk = tl.load(chunks_ptr + place)
+        owner = chunk // part
+        if owner != rank:
+            offsets = chunk.to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+            mask = offsets < n_elements
+            values = tl.load(_address(mains_ptr, owner, tl.float32) + offsets, mask=mask)
+            tl.store(main_ptr + offsets, values, mask=mask)
 
 
 def num_chunks(numel):
     """Returns the number of chunks of so many elements."""
     return -(-numel // ELEMENTS)
-
-
-def _programs(chunks):
-    return -(-chunks // ROWS)
 
 
 def _on(device):
@@ -127,6 +123,79 @@ def mean_(main, others):
         )
 
 
+class Listed:
+    """The chunks of main gradients that any rank has marked.
+
+    Args:
+        mains: table of addresses, of float32 [n] on each rank.
+        marks: table of addresses, of int32 [number of chunks of n] on each rank.
+        rank: this one, whose part of the chunks is the one of this number.
+        main: those of this rank.
+    """
+
+    def __init__(self, mains, marks, rank, main):
+        self._mains, self._marks, self._rank, self._main = mains, marks, rank, main
+        count = num_chunks(main.numel())
+        self._part = -(-count // len(mains))
+        self._chunks = torch.empty(count, dtype=torch.int32, device=main.device)
+        self._count = torch.empty(1, dtype=torch.int32, device=main.device)
+        self._programs = 1
+        if main.is_cuda:
+            processors = torch.cuda.get_device_properties(main.device).multi_processor_count
+            self._programs = PROGRAMS_PER_PROCESSOR * processors
+
+    @property
+    def nbytes(self):
+        """Bytes of the list."""
+        return self._chunks.nbytes
+
+    def find(self):
+        """Lists them."""
+        self._count.zero_()
+        with _on(self._main.device):
+            _list_kernel[(-(-len(self._chunks) // BLOCK),)](
+                self._marks,
+                len(self._mains),
+                self._chunks,
+                self._count,
+                len(self._chunks),
+                BLOCK,
+                num_warps=4,
+            )
+
+    def average(self):
+        """Averages them over the ranks, where they are this rank's part."""
+        increment_version(self._main)
+        with _on(self._main.device):
+            _average_kernel[(self._programs,)](
+                self._mains,
+                self._rank,
+                len(self._mains),
+                self._chunks,
+                self._count,
+                self._part,
+                self._main.numel(),
+                1 / len(self._mains),
+                ELEMENTS,
+                num_warps=4,
+            )
+
+    def gather(self):
+        """Copies them from other ranks, where they are part of those."""
+        increment_version(self._main)
+        with _on(self._main.device):
+            _gather_kernel[(self._programs,)](
+                self._mains,
+                self._rank,
+                self._chunks,
+                self._count,
+                self._part,
+                self._main.numel(),
+                ELEMENTS,
+                num_warps=4,
+            )
+
+
 def mark_(marks, main):
     """Marks chunks of main gradients that are not zero.
 
@@ -135,66 +204,6 @@ def mark_(marks, main):
         main: float32 [n].
     """
     with _on(main.device):
-        _mark_kernel[(_programs(len(marks)),)](
-            main.view(torch.int32), marks, main.numel(), ROWS, ELEMENTS, num_warps=NUM_WARPS
-        )
-
-
-def average_marked_(main, mains, marks, rank, bounds):
-    """Averages chunks of this rank that any rank has marked, and marks these.
-
-    Args:
-        main: float32 [n].
-        mains: table of addresses, of main on each rank.
-        marks: table of addresses, of the marks.
-        rank: this one.
-        bounds: of its chunks.
-    """
-    begin, end = bounds
-    if begin == end:
-        return
-    increment_version(main)
-    with _on(main.device):
-        _average_kernel[(_programs(end - begin),)](
-            mains,
-            marks,
-            rank,
-            len(mains),
-            begin,
-            end,
-            main.numel(),
-            1 / len(mains),
-            ROWS,
-            ELEMENTS,
-            num_warps=NUM_WARPS,
-        )
-
-
-def gather_marked_(main, mains, marks, rank, owner, bounds):
-    """Copies chunks of another rank that it has marked.
-
-    Args:
-        main: float32 [n].
-        mains: table of addresses, of main on each rank.
-        marks: table of addresses, of the marks.
-        rank: this one.
-        owner: the other.
-        bounds: of the chunks of that.
-    """
-    begin, end = bounds
-    if begin == end:
-        return
-    increment_version(main)
-    with _on(main.device):
-        _gather_kernel[(_programs(end - begin),)](
-            mains,
-            marks,
-            rank,
-            owner,
-            begin,
-            end,
-            main.numel(),
-            ROWS,
-            ELEMENTS,
-            num_warps=NUM_WARPS,
+        _mark_kernel[(-(-len(marks) // ROWS),)](
+            main.view(torch.int32), marks, main.numel(), ROWS, ELEMENTS, num_warps=8
         )
