@@ -64,16 +64,21 @@ def shard(tensor: Tensor, param: Tensor) -> Tensor:
     """Returns the part of a gradient that belongs to the local shard of a parameter.
 
     One of other placements is redistributed, which is a collective. Sums are made in float32, so
-    that a 16-bit Partial is rounded once and not with each addition.
+    that a 16-bit Partial is rounded once and not with each addition. A plain tensor, as torch lets
+    one be assigned to the ``.grad`` of a DTensor, is taken for the whole gradient.
 
     Args:
-        tensor: a gradient of a parameter, a DTensor where that is one.
+        tensor: a gradient of a parameter, or what is in its ``.grad``.
         param: of the shape of the gradient.
     """
     value = local(tensor)
-    if not is_dtensor(tensor) or not is_dtensor(param):
+    if not is_dtensor(param):
         return value
     mesh, placements = param.device_mesh, param.placements
+    if not is_dtensor(tensor):
+        whole = [sys.modules["torch.distributed.tensor"].Replicate()] * mesh.ndim
+        with torch.no_grad():
+            tensor = type(param.data).from_local(tensor, mesh, whole, run_check=False)
     if tensor.placements == placements and tensor.device_mesh == mesh:
         return value
     with torch.no_grad():
