@@ -435,6 +435,24 @@ def partial_gradients_are_summed(ranks):
         accumulator.detach()
 
 
+@case
+def a_gradient_that_is_partial_over_one_dimension_of_a_mesh(ranks):
+    shape = (2, ranks.world_size // 2)
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("dp", "tp"))
+    of_param, of_grad = (Replicate(), Shard(0)), (Partial(), Shard(0))
+    values = torch.arange(8.0).view(4, 2).to(ranks.device)
+    part = values.chunk(shape[1])[mesh.get_local_rank("tp")] * (1 + mesh.get_local_rank("dp"))
+    for backend in ranks.backends:
+        param = nn.Parameter(distribute_tensor(torch.zeros_like(values), mesh, of_param))
+        accumulator = gk.attach([param], backend=backend)
+        for _ in range(2):
+            arrive_as_it_is(param, DTensor.from_local(part, mesh, of_grad, run_check=False))
+        assert param.grad.placements == of_param
+        assert param.grad.full_tensor().equal(6 * values)
+        close(accumulator.grad_norm(), 6 * values.norm())
+        accumulator.detach()
+
+
 def sum_over(values):
     values = values.double()
     torch.distributed.all_reduce(values)
