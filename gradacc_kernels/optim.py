@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc_kernels import buffer
+from gradacc_kernels import buffer, sharded
 from gradacc_kernels.hook import PARAM_DTYPES
 from gradacc_kernels.optimizers import HALVES
 from gradacc_kernels.shards import shards_of
@@ -72,7 +72,8 @@ class MasterParams(torch.optim.Optimizer):
 
     Raises:
         TypeError: optimizer_class is no class of optimizers; params are no floating-point tensors,
-            or tensor subclasses; process_group is none that this rank is in.
+            DTensors with low_bits or zero, or other tensor subclasses; process_group is none that
+            this rank is in.
         ValueError: no params; params on the meta device; low_bits with float16 parameters; other
             params or optimizers on other ranks; process_group without zero.
         RuntimeError: zero without torch.distributed.
@@ -259,8 +260,8 @@ class MasterParams(torch.optim.Optimizer):
             if self.low_bits:
                 torch._foreach_zero_([self._lows[param] for param in bucket])
             else:
-                masters = [self._masters[param] for param in bucket]
-                torch._foreach_copy_(masters, [param.detach() for param in bucket])
+                masters = [sharded.local(self._masters[param]) for param in bucket]
+                torch._foreach_copy_(masters, [sharded.local(param.detach()) for param in bucket])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, and makes its masters.
@@ -278,7 +279,7 @@ class MasterParams(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             for param in group["params"]:
-                _check(param, self.low_bits)
+                _check(param, self.low_bits, self._shards is not None)
             if self.inner is None:
                 return
             if self._shards is not None:
@@ -495,13 +496,16 @@ class MasterParams(torch.optim.Optimizer):
     def _write(self, params: Iterable[Tensor]) -> None:
         """Rounds whole masters to their parameters."""
         for bucket in _buckets(params):
-            masters = [self._masters[param] for param in bucket]
+            masters = [sharded.local(self._masters[param]) for param in bucket]
+            values = [sharded.local(param.detach()) for param in bucket]
             if bucket[0].dtype == torch.float16:
-                torch._foreach_copy_([param.detach() for param in bucket], masters)
+                torch._foreach_copy_(values, masters)
             else:
-                flat, views = buffer.lay_out(bucket, torch.float32)
+                flat, views = buffer.lay_out(values, torch.float32)
                 torch._foreach_copy_(views, masters)
-                _split(flat, views, bucket)
+                _split(flat, views, values)
+            # A write to what is local moves no version counter of a DTensor.
+            torch.autograd.graph.increment_version(list(filter(sharded.is_dtensor, bucket)))
 
     @contextlib.contextmanager
     def _amp_attributes(self) -> Iterator[None]:
@@ -620,7 +624,7 @@ def _listed(params: Iterable[Any]) -> list[Any]:
     return params
 
 
-def _check(param: Tensor, low_bits: bool) -> None:
+def _check(param: Tensor, low_bits: bool, zero: bool) -> None:
     what = f"MasterParams: a parameter of shape {list(param.shape)}"
     if param.dtype not in PARAM_DTYPES:
         raise TypeError(f"{what} must be float16, bfloat16, float32 or float64, got {param.dtype}")
@@ -629,10 +633,11 @@ def _check(param: Tensor, low_bits: bool) -> None:
             f"{what} is on the meta device; materialise the model first, with to_empty() or "
             "load_state_dict(assign=True)"
         )
-    if param.dtype in HALVES and type(param.data) is not Tensor:
-        raise TypeError(
-            f"{what} is a {type(param.data).__name__}; tensor subclasses are not supported"
-        )
+    option = "zero" if zero else "low_bits" if low_bits and param.dtype in HALVES else None
+    if option is not None and sharded.is_dtensor(param):
+        raise TypeError(f"{what} is a DTensor, which {option} does not take: leave {option} out")
+    if param.dtype in HALVES:
+        sharded.check_param("MasterParams", f"of shape {list(param.shape)}", param)
     if low_bits and param.dtype == torch.float16:
         raise ValueError(
             f"{what} is float16, and low_bits is for bfloat16, whose bits are the upper half of a "

@@ -257,12 +257,17 @@ def weighted_windows_are_those_of_one_process(ranks):
         accumulator.detach()
 
 
-def optimizers_of(model, foreach):
-    """One for DTensors and one for plain tensors, which lists of foreach cannot have together."""
+def groups_of(model):
+    """DTensors and plain tensors, which foreach and fused kernels cannot take together."""
     kinds = [[], []]
     for param in model.parameters():
         kinds[isinstance(param, DTensor)].append(param)
-    return [torch.optim.SGD(params, lr=1e-3, foreach=foreach) for params in kinds]
+    return [{"params": params} for params in kinds]
+
+
+def optimizers_of(model, foreach):
+    """One a group, as zero_grad() has one list for all groups."""
+    return [torch.optim.SGD([group], lr=1e-3, foreach=foreach) for group in groups_of(model)]
 
 
 @case
@@ -688,6 +693,63 @@ def data_parallel_beside_tensor_parallel(ranks):
         assert accumulator.found_inf == (replica == 1)
         accumulator.detach()
         assert all(map(torch.equal, map(local, model.parameters()), before))
+
+
+def rounded(master, dtype):
+    """To bfloat16 with ties away from zero, to float16 with ties to even."""
+    if dtype == torch.float16:
+        return master.half()
+    return ((master.view(torch.int32) + 0x8000) >> 16).to(torch.int16).view(dtype)
+
+
+@case
+def masters_of_parallel_parameters(ranks):
+    for dtype, fused in itertools.product((torch.bfloat16, torch.float16), (False, True)):
+        model, other = parallel(ranks, dtype), parallel(ranks, torch.float32)
+        for param, twin in zip(model.parameters(), other.parameters(), strict=True):
+            local(twin.data).copy_(local(param.data))  # the masters, by hand
+        accumulator = gk.attach(model)
+        options = {"lr": 1e-2, "fused": fused}
+        optimizer = gk.MasterParams(groups_of(model), torch.optim.AdamW, **options)
+        by_hand = torch.optim.AdamW(groups_of(other), **options)
+        for step, x in enumerate(batches(ranks, 3)):
+            backward(model, x)
+            accumulator.clip_grad_norm_(1.0)
+            for param, twin in zip(model.parameters(), other.parameters(), strict=True):
+                twin.grad = param.grad
+            versions = [param._version for param in model.parameters()]
+            for each in (optimizer, by_hand):
+                each.step()
+                each.zero_grad()
+            for param, twin in zip(model.parameters(), other.parameters(), strict=True):
+                assert local(param.data).equal(rounded(local(twin.data), dtype))
+                assert local(optimizer.state[param]["master"].data).equal(local(twin.data))
+            assert all(p._version > v for p, v in zip(model.parameters(), versions, strict=True))
+            if step == 1:
+                state = optimizer.state_dict()
+                optimizer = gk.MasterParams(groups_of(model), torch.optim.AdamW, **options)
+                optimizer.load_state_dict(copy.deepcopy(state))
+        param = model.mlp[0].weight
+        local(param.data).zero_()
+        optimizer.refresh_masters()
+        assert full(optimizer.state[param]["master"].data).count_nonzero() == 0
+        accumulator.detach()
+
+
+@case
+def masters_of_dtensors_in_low_bits_or_shared_out_are_refused(ranks):
+    for options in ({"low_bits": True}, {"zero": True}):
+        with pytest.raises(TypeError, match="is a DTensor, which .* does not take"):
+            gk.MasterParams(parallel(ranks).parameters(), torch.optim.AdamW, **options)
+
+
+@case
+def optimizers_that_cannot_step_16_bits_are_refused(ranks):
+    model = parallel(ranks)
+    gk.attach(model)
+    window(model, batches(ranks, 1))
+    with pytest.raises(TypeError, match="MasterParams"):
+        torch.optim.AdamW(model.parameters()).step()
 
 
 @case
