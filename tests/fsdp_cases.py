@@ -433,18 +433,29 @@ def a_policy_that_reduces_in_16_bits_keeps_its_wire_and_sums_in_float32(ranks):
 
 @case
 def optimizers_step_and_masters(ranks):
-    model = build(ranks, MixedPrecisionPolicy(), dtype=BFLOAT16)
-    accumulator = gk.attach(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = []
-    for _ in range(3):
-        x = tokens(ranks, 0)
-        with torch.no_grad():
-            losses.append(nn.functional.cross_entropy(model(x).float().flatten(0, 1), x.flatten()))
-        window(ranks, model, 2)
-        accumulator.step(optimizer, max_norm=1.0)
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0]
+    for make in (
+        lambda params: torch.optim.SGD(params, lr=0.1),
+        lambda params: gk.MasterParams(params, torch.optim.AdamW, lr=1e-2, fused=True),
+    ):
+        model = build(ranks, MixedPrecisionPolicy(), dtype=BFLOAT16)
+        accumulator = gk.attach(model)
+        optimizer = make(model.parameters())
+        losses = []
+        for _ in range(3):
+            x = tokens(ranks, 0)
+            with torch.no_grad():
+                loss = nn.functional.cross_entropy(model(x).float().flatten(0, 1), x.flatten())
+                losses.append(loss)
+            window(ranks, model, 2)
+            accumulator.step(optimizer, max_norm=1.0)
+            optimizer.zero_grad()
+        assert losses[-1] < losses[0]
+        for param, entry in optimizer.state.items():
+            if "master" in entry:
+                master = entry["master"].data.to_local()
+                error = (master - param.to_local()).abs()
+                assert master.dtype == FLOAT32 and error.le(2**-8 * master.abs()).all()
+                assert error.count_nonzero() > 0 or not error.numel()
 
 
 @case
