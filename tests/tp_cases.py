@@ -441,6 +441,22 @@ def partial_gradients_are_summed(ranks):
 
 
 @case
+def a_main_gradient_that_is_wrapped_as_partial_is_summed(ranks):
+    mesh = mesh_of(ranks)
+    for backend in ranks.backends:
+        param = nn.Parameter(
+            distribute_tensor(torch.zeros(3).to(ranks.device), mesh, [Replicate()])
+        )
+        accumulator = gk.attach([param], backend=backend)
+        one = distribute_tensor(torch.ones(3).to(ranks.device), mesh, [Replicate()])
+        arrive_as_it_is(param, one)
+        param.grad = DTensor.from_local(param.grad.to_local(), mesh, [Partial()], run_check=False)
+        arrive_as_it_is(param, one)
+        assert (param.grad.to_local() == ranks.world_size + 1).all()
+        accumulator.detach()
+
+
+@case
 def a_gradient_that_is_partial_over_one_dimension_of_a_mesh(ranks):
     shape = (2, ranks.world_size // 2)
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("dp", "tp"))
@@ -592,6 +608,19 @@ def checkpointed_activations(ranks):
             window(each, inputs)
         for param, twin in zip(model.parameters(), other.parameters(), strict=True):
             assert local(param.grad).equal(local(twin.grad))
+
+
+@case
+def autocast(ranks):
+    for backend in ranks.backends:
+        model, other = (parallel(ranks, torch.float32) for _ in range(2))
+        gk.attach(model, backend=backend, fuse=False)
+        for x, each in itertools.product(batches(ranks, 2), (model, other)):
+            with torch.autocast(ranks.device.type, torch.bfloat16):
+                loss = each(x).float().square().sum()
+            loss.backward()
+        for param, twin in zip(model.parameters(), other.parameters(), strict=True):
+            close(param.grad, full(twin.grad))
 
 
 @case
