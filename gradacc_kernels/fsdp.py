@@ -274,6 +274,7 @@ def fully_sharded_of(
     Raises:
         TypeError, ValueError, RuntimeError: as attach; nothing was changed.
     """
+    _check_within(root, params)
     if not modules_of(root):
         return None
     if is_reduced:
@@ -304,6 +305,31 @@ def fully_sharded_of(
                 f"on {whole.device}: CPUOffloadPolicy is not supported"
             )
     return found
+
+
+def _check_within(root: torch.nn.Module | None, params: dict[str, Tensor]) -> None:
+    """Raises where fully_shard has sharded parameters in a module that is not in the root.
+
+    Their gradients come to whole parameters of that module, and never to the hooks of shards.
+
+    Raises:
+        ValueError: it has.
+    """
+    library = sys.modules.get("torch.distributed._composable_state")
+    inside = modules_of(root)
+    known = {group for module in inside for group in _groups_of(module)}
+    for module in set(getattr(library, "_module_state_mapping", ())).difference(inside):
+        if not hasattr(module, "_get_fsdp_state"):
+            continue
+        members = (m for g in _groups_of(module) if g not in known for m in g.fsdp_params)
+        shards = {id(member.sharded_param) for member in members}
+        name = next((name for name, param in params.items() if id(param) in shards), None)
+        if name is not None:
+            raise ValueError(
+                f"attach: parameter {name} is sharded by fully_shard, which was called on a "
+                f"{type(module).__name__} that is not in what is to be attached: pass that module, "
+                "or one around it"
+            )
 
 
 def _groups_of(module: Any) -> list[Any]:

@@ -475,6 +475,29 @@ def no_bad_argument_changes_anything(ranks):
 
 
 @case
+def parameters_without_the_module_that_shards_them_are_refused(ranks):
+    model = build(ranks, POLICIES["float32"])
+    up = model.blocks[0].up
+    for target in (list(model.parameters()), up, up.weight):
+        with pytest.raises(ValueError, match="sharded by fully_shard, which was called on a FSDP"):
+            gk.attach(target)
+
+
+@case
+def a_part_of_the_model(ranks):
+    stock, model = (build(ranks, POLICIES["float32"]) for _ in range(2))
+    accumulator = gk.attach(model.blocks, fuse=False)
+    for each in (stock, model):
+        window(ranks, each, 3)
+    assert_equal(model, stock)
+    assert accumulator.micro_batches == 3
+    together = [nn.Linear(4, 4).to(ranks.device) for _ in range(2)]
+    fully_shard(together)  # one group of two modules
+    for module in together:
+        gk.attach(module).detach()
+
+
+@case
 def another_torch_is_refused(ranks):
     model = build(ranks, POLICIES["float32"])
     before, fsdp.PRIVATE["parameter"] = fsdp.PRIVATE["parameter"], ("no_such_attribute",)
