@@ -498,6 +498,26 @@ def a_part_of_the_model(ranks):
 
 
 @case
+def what_cannot_be_summed_or_followed_is_refused(ranks):
+    with pytest.raises(TypeError, match="float64, which fully_shard sums itself"):
+        gk.attach(build(ranks, POLICIES["float32"], dtype=torch.float64))
+    with torch.device("meta"):
+        unmade = fully_shard(Model(), mesh=mesh_of(ranks, ranks.world_size))
+    with pytest.raises(ValueError, match="materialise them first"):
+        gk.attach(unmade)
+    for change in (
+        lambda model: model.to(BFLOAT16),
+        lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+    ):
+        model = build(ranks, POLICIES["float32"])
+        accumulator = gk.attach(model)
+        with pytest.raises(RuntimeError, match="Couldn't swap|detach and attach again"):
+            change(model)
+            backward(model, tokens(ranks, 0))
+        accumulator.detach()
+
+
+@case
 def another_torch_is_refused(ranks):
     model = build(ranks, POLICIES["float32"])
     before, fsdp.PRIVATE["parameter"] = fsdp.PRIVATE["parameter"], ("no_such_attribute",)
