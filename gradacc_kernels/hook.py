@@ -684,7 +684,8 @@ def attach(
         model_or_params: a module, whose parameters that require grad are covered, and whose
             attachment lives as long as it does; or leaf tensors, covered as long as the returned
             object lives. float16, bfloat16 and float32 parameters get float32 main gradients,
-            float64 ones float64 through the reference backend.
+            float64 ones float64 through the reference backend. Those of a DTensor are over its
+            local shard, and those that FSDP2 has sharded need the module: see docs/semantics.md.
         scale: a factor for every gradient, positive and finite: 1 / K for the mean of K
             micro-batches.
         backend: ``"auto"`` for the fastest on each device, or ``"cuda"``, ``"triton"``, ``"cpu"``
@@ -707,7 +708,8 @@ def attach(
             once a window, in place and while backward runs; by the total weight of a window with
             weights. Every backward outside of :meth:`Accumulator.no_sync` reduces. Parameters and
             buffers are set to those of its first rank. Parameters of one device, none of them
-            float64. A parameter that has a gradient on no rank gets zeros.
+            float64. A parameter that has a gradient on no rank gets zeros. The ranks hold the same
+            shards of DTensors: the data-parallel dimension of a mesh. Not with FSDP2.
         steps: every so many backwards of a window the gradients are reduced, in place of
             ``no_sync()``. The same on every rank.
         reduce_dtype: in which gradients travel and are summed: None for float32. Half the bytes,
@@ -723,14 +725,16 @@ def attach(
 
     Raises:
         TypeError: neither a module nor tensors, or a scripted module; integer or complex
-            parameters, tensor subclasses; a scale that is no number.
+            parameters, tensor subclasses but DTensor, DTensors that are Partial or over another
+            subclass; a scale that is no number.
         ValueError: nothing that requires grad; parameters already attached, uninitialised, sparse,
-            no leaves, on the meta device or on one that no backend serves; a scale that is not
-            positive and finite; an unknown backend or fuse; fuse=True for a list, or for an
-            embedding with max_norm or scale_grad_by_freq. Nothing was changed.
-        RuntimeError: the backend is not available, inference mode is on, or
-            DistributedDataParallel reduces a 16-bit parameter, or any one with process_group;
-            nothing was changed.
+            no leaves, on the meta device or on one that no backend serves; shards of FSDP2 without
+            its module, or with options that it cannot have; a process_group with other shards; a
+            scale that is not positive and finite; an unknown backend or fuse; fuse=True for a list,
+            or for an embedding with max_norm or scale_grad_by_freq. Nothing was changed.
+        RuntimeError: the backend is not available, inference mode is on, FSDP2 is not the one that
+            this was written for, or DistributedDataParallel reduces a 16-bit parameter, or any one
+            with process_group; nothing was changed.
     """
     if not isinstance(scale, (int, float)):
         raise TypeError(f"attach: scale must be a number, got {type(scale).__name__}")
