@@ -37,22 +37,21 @@ class StreamBarrier:
 
     def __call__(self) -> None:
         """Has the current stream wait until those of all ranks have come here."""
-        driver, stream = _driver(), torch.cuda.current_stream().cuda_stream
-        self._count = (self._count + 1) % 2**32
-        for address in self._theirs:
-            _check(driver.cuStreamWriteValue32_v2(stream, address, self._count, WRITE_DEFAULT))
-        for address in self._mine:
-            _check(driver.cuStreamWaitValue32_v2(stream, address, self._count, WAIT_GEQ))
+        write, wait = _driver()
+        stream = torch.cuda.current_stream().cuda_stream
+        self._count = count = (self._count + 1) % 2**32
+        results = [write(stream, address, count, WRITE_DEFAULT) for address in self._theirs]
+        results += [wait(stream, address, count, WAIT_GEQ) for address in self._mine]
+        if any(results):
+            raise RuntimeError(
+                f"memory operations of a stream failed: CUDA driver errors {results}"
+            )
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
+def _driver() -> tuple[Any, Any]:
     driver = ctypes.CDLL("libcuda.so.1")
-    for function in (driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2):
+    found = driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2
+    for function in found:
         function.argtypes = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint)
-    return driver
-
-
-def _check(result: int) -> None:
-    if result != 0:
-        raise RuntimeError(f"a memory operation of a stream failed: CUDA driver error {result}")
+    return found
