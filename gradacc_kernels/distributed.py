@@ -114,6 +114,7 @@ class Reduction:
             reducer = Reducer(flat, ends, self.process_group, self._reduce_dtype, bucket_bytes)
         if before is not None:
             reducer.has_reduced, reducer.windows = before.has_reduced, before.windows
+            reducer.lockstep.windows = before.lockstep.windows
         overlaps = group.nonfinite in ("skip_window", "ignore")
         group.hooks.reduce_with(reducer.bucket_of, reducer.launch, overlaps)
         return reducer

@@ -90,7 +90,7 @@ def _why_pending(param: Tensor) -> str | None:
     if attachment.fully_sharded is not None:
         if isinstance(group.hooks, fsdp.ShardedHooks) and group.hooks.is_waiting(index):
             return fsdp.WAITING
-    elif attachment.window in window.shared and not group.hooks.is_reduced():
+    elif attachment.window in window.shared and not attachment.is_reduced():
         # Nor would torch.distributed.checkpoint get to know what an optimizer keeps, for which it
         # steps a new one by zeros that it puts into every ``.grad``.
         main = sharded.local(group.hooks.main_grad(index))
@@ -308,8 +308,13 @@ class _Attachment:
             self.fully_sharded.average(self.window.weight)
         if self.reducer is None or not self.groups:
             return
-        if not (self.reducer.has_reduced and self.groups[0].hooks.is_reduced()):
+        if not (self.reducer.has_reduced and self.is_reduced()):
             self.reduce()
+
+    def is_reduced(self) -> bool:
+        """Tells whether there are gradients, and they are the averages of the ranks."""
+        is_reduced = self.groups[0].hooks.is_reduced()
+        return is_reduced and any(param.grad is not None for param in self.params.values())
 
     def reduce(self) -> None:
         """Reduces the window as it is, or what is left of it."""

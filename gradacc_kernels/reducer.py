@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradacc_kernels import stalls
+from gradacc_kernels.lockstep import Lockstep
 
 
 class Reducer:
@@ -27,6 +28,7 @@ class Reducer:
         bucket_of: the bucket of each parameter. Bucket 0 holds the last parameters, whose gradients
             come first.
         has_reduced: whether a reduction has ended since this was last set to False.
+        lockstep: compares which windows the ranks reduce.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Reducer:
         # gloo has no average.
         self._averages = stalls.backend_of(process_group, flat.device) == "nccl"
         self._under_way: list[tuple[int, Any]] = []
+        self.lockstep = Lockstep(process_group, flat.device)
         self._timeout = stalls.timeout_of(process_group, flat.device)
         self._watch: stalls.Watch | None = None
         end_wait = self._end_wait()
@@ -83,12 +86,17 @@ class Reducer:
         self.has_reduced = True
         self.windows += 1
 
-    def average(self, value: Tensor) -> None:
-        """Replaces a tensor by its mean over the ranks; the current stream waits for it."""
+    def exchange(self, window: int, is_weighted: bool, values: Tensor, waits: bool) -> Tensor:
+        """Returns the means of what goes with a window that was reduced: see Lockstep.
+
+        Raises:
+            RuntimeError: the ranks have reduced different windows.
+        """
         with self._telling(None):
-            self._all_reduce(value.view(-1), None).wait()
-        if not self._averages:
-            value.mul_(1 / self.world_size)
+            means, work = self.lockstep.exchange(window, is_weighted, values, waits)
+            self._watched(work, None)
+        self.lockstep.check()
+        return means
 
     def _end_wait(self) -> Callable[[str], None] | None:
         """Returns what ends a wait for a rank that is gone; None: torch.distributed does."""
@@ -99,7 +107,9 @@ class Reducer:
         travelling = self._travelling[bucket]
         if travelling is not self._mains[bucket]:
             travelling.copy_(self._mains[bucket])
-        return self._all_reduce(travelling, bucket)
+        operation = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
+        work = dist.all_reduce(travelling, operation, self.process_group, async_op=True)
+        return self._watched(work, bucket)
 
     def _finish(self, bucket: int) -> None:
         """Brings what was reduced into the main gradients."""
@@ -109,11 +119,6 @@ class Reducer:
         if not self._averages:
             main.mul_(1 / self.world_size)
 
-    def _all_reduce(self, tensor: Tensor, bucket: int | None) -> dist.Work:
-        operation = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
-        work = dist.all_reduce(tensor, operation, self.process_group, async_op=True)
-        return self._watched(work, bucket)
-
     def _watched(self, work: Any, bucket: int | None) -> Any:
         # One that is captured into a CUDA graph never ends, nor may it be asked.
         if self._watch is not None and not torch.cuda.is_current_stream_capturing():
@@ -121,9 +126,9 @@ class Reducer:
         return work
 
     def _name(self, bucket: int | None) -> tuple[int, str]:
-        """The number of a reduction, and what of it is under way; weights come after buckets."""
+        """The number of a reduction, and what of it is under way; None follows the buckets."""
         if bucket is None:
-            return self.windows, "the weights"
+            return self.windows, "the number and weight of the window"
         return self.windows + 1, f"bucket {bucket} of {len(self._mains)}"
 
     @contextlib.contextmanager

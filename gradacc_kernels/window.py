@@ -385,11 +385,16 @@ class Window:
         So a division by the weight is one by the total weight of all of them.
         """
         self.follow()
+        number = self.attachment.groups[0].hooks.tally()[0]
+        skips = self.nonfinite == "skip_micro_batch"
+        values = torch.stack([self.weight, self.has_skipped.double()])
+        weight, has_skipped = reducer.exchange(
+            number, self.is_weighted, values, self.is_weighted or skips
+        )
         if self.is_weighted:
-            reducer.average(self.weight)
-        if self.nonfinite == "skip_micro_batch":
-            reducer.average(self.has_skipped)
-            self.has_skipped.copy_(self.has_skipped > 0)
+            self.weight.copy_(weight)
+        if skips:
+            self.has_skipped.copy_(has_skipped > 0)
 
     def _note_nonfinite(self) -> None:
         count = self.attachment.micro_batches()

@@ -62,6 +62,11 @@ class Ranks:
         dist.all_gather(values, tensor.contiguous())
         return values
 
+    def finish(self):
+        """Waits for the device, which may find only then what a later call tells of."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
     def assert_same(self, tensors):
         """Bit by bit, on all ranks."""
         for tensor in tensors:
@@ -90,6 +95,15 @@ def assert_reduced(ranks, model, sums, roundings=2):
         total.k += roundings  # of the mean
         assert total.contains(param.grad)
     ranks.assert_same(p.grad for p in model.parameters())
+
+
+def said_by(function, kind=RuntimeError):
+    """What it raises, in words."""
+    try:
+        function()
+    except kind as error:
+        return str(error)
+    raise AssertionError("nothing was raised")
 
 
 @case
@@ -562,6 +576,90 @@ def one_rank_alone_detaches(ranks):
             ranks.assert_same([torch.ones(3, device=ranks.device)])
             if ranks.rank != 0:
                 accumulator.detach()
+
+
+@case
+def a_rank_that_reduces_more_often_is_told_on_all(ranks):
+    for backend in ranks.backends:
+        for way in ("step", "zero_grad"):
+            model = ranks.model(torch.float32)
+            accumulator = gk.attach(model, backend=backend, process_group=ranks.group)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            x = ranks.batches(1, dtype=torch.float32)[0]
+
+            def windows(count, way=way, model=model, optimizer=optimizer, x=x):
+                for window in range(3):
+                    for _ in range(count if window == 1 else 1):
+                        backward(model, x)
+                    if way == "step":
+                        optimizer.step()
+                    model.zero_grad()
+                    ranks.finish()
+
+            said = said_by(lambda run=windows: run(2 if ranks.rank == 1 else 1))
+            assert "rank 1 those of its window 2, rank 0 those of its window 3" in said, said
+            assert "no_sync() and call reduce()" in said
+            accumulator.detach()
+
+
+@case
+def ranks_with_different_numbers_of_micro_batches(ranks):
+    for backend in ranks.backends:
+        model = ranks.model(torch.float32)
+        params = list(model.parameters())
+        accumulator = gk.attach(model, backend=backend, process_group=ranks.group)
+        for _ in range(2):
+            sums = [oracle.WindowSum(torch.zeros(p.shape)) for p in params]
+            for rank in range(ranks.world_size):
+                for x in ranks.batches(rank, rank, dtype=torch.float32):
+                    grads = torch.autograd.grad(model(x).square().sum(), params)
+                    for total, grad in zip(sums, grads, strict=True):
+                        total.add(grad, 1 / ranks.world_size)
+            with accumulator.no_sync():
+                for x in ranks.batches(ranks.rank, dtype=torch.float32):
+                    backward(model, x)
+            accumulator.reduce()
+            assert_reduced(ranks, model, sums, roundings=ranks.world_size)
+            model.zero_grad()
+        accumulator.detach()
+
+
+@case
+def weights_of_some_ranks_alone_are_told_on_all(ranks):
+    for backend in ranks.backends:
+        for is_idle in (False, True):
+            model = ranks.model(torch.float32)
+            accumulator = gk.attach(model, backend=backend, process_group=ranks.group)
+            x = ranks.batches(1, dtype=torch.float32)[0]
+
+            def window(is_idle=is_idle, accumulator=accumulator, model=model, x=x):
+                if ranks.rank == 0:
+                    with accumulator.micro_batch(2):
+                        backward(model, x)
+                elif not is_idle:
+                    backward(model, x)
+                accumulator.reduce()
+                ranks.finish()
+                backward(model, x)  # on a GPU it is found now
+
+            said = said_by(window)
+            assert "in window 1 rank 0 has micro-batches with weights, and rank 1 none" in said
+            accumulator.detach()
+
+
+@case
+def a_step_by_nothing_is_refused(ranks):
+    """Over what it would leave, the other ranks wait."""
+    for backend in ranks.backends:
+        model = ranks.model(torch.float32)
+        accumulator = gk.attach(model, backend=backend, process_group=ranks.group)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        backward(model, ranks.batches(1, dtype=torch.float32)[0])
+        optimizer.step()
+        optimizer.zero_grad()
+        assert "not reduced over the ranks" in said_by(optimizer.step)
+        accumulator.step(optimizer)
+        accumulator.detach()
 
 
 @case
