@@ -59,6 +59,7 @@ class Reducer:
             self._watch = stalls.Watch(process_group, self._timeout, end_wait)
         self.has_reduced = False
         self.windows = 0
+        self._reduction = 0  # its number, once it has begun
 
     symmetric_bytes = 0  # of symmetric memory, which torch.cuda's statistics do not show
 
@@ -69,6 +70,8 @@ class Reducer:
 
     def launch(self, first: int, last: int) -> None:
         """Begins to reduce buckets, on the current stream."""
+        if first == 0:
+            self._reduction = stalls.next_reduction(self.process_group)
         for bucket in range(first, last):
             with self._telling(bucket):
                 self._under_way.append((bucket, self._begin(bucket)))
@@ -122,14 +125,14 @@ class Reducer:
     def _watched(self, work: Any, bucket: int | None) -> Any:
         # One that is captured into a CUDA graph never ends, nor may it be asked.
         if self._watch is not None and not torch.cuda.is_current_stream_capturing():
-            self._watch.add(*self._name(bucket), work)
+            self._watch.add(self._reduction, self._name(bucket), work)
         return work
 
-    def _name(self, bucket: int | None) -> tuple[int, str]:
-        """The number of a reduction, and what of it is under way; None follows the buckets."""
+    def _name(self, bucket: int | None) -> str:
+        """What of a reduction is under way; None follows the buckets."""
         if bucket is None:
-            return self.windows, "the number and weight of the window"
-        return self.windows + 1, f"bucket {bucket} of {len(self._mains)}"
+            return "the number and weight of the window"
+        return f"bucket {bucket} of {len(self._mains)}"
 
     @contextlib.contextmanager
     def _telling(self, bucket: int | None) -> Iterator[None]:
@@ -139,11 +142,11 @@ class Reducer:
         try:
             yield
         except RuntimeError as error:
-            reduction, what = self._name(bucket)
-            missing = stalls.missing_after_error(self.process_group, reduction, what)
+            what, number = self._name(bucket), self._reduction
+            missing = stalls.missing_after_error(self.process_group, number)
             raise RuntimeError(
                 f"gradacc_kernels: rank {dist.get_rank(self.process_group)} could not reduce "
-                f"{what} in reduction {reduction}: {missing}. What the ranks hold differs now: "
+                f"{what} in reduction {number}: {missing}. What the ranks hold differs now: "
                 f"restart them from a checkpoint ({error})"
             ) from error
 

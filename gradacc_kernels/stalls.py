@@ -4,8 +4,8 @@ gloo raises where a rank dies or lags, and whoever catches that asks ``missing_a
 NCCL it is the GPU that waits: nothing is raised, and at the timeout of the process group its
 watchdog ends the process, by a message that knows no bucket. A Watch tells shortly before.
 
-Ranks tell each other where they wait by the store of torch.distributed, which is asked only when
-something is wrong.
+Ranks tell each other in which reduction they wait, by a key each in the store of torch.distributed,
+which is asked only when something is wrong.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,14 +26,25 @@ MARGIN = 10.0  # seconds before the timeout of NCCL at which a Watch tells
 NAP = 5.0  # seconds for which a Watch's thread may outlive it
 DEFAULT_TIMEOUT = 600.0  # torch's, of NCCL
 
-_NO_STORE = (RuntimeError, ValueError, AttributeError)  # a DistError is a RuntimeError
+# A DistError is a RuntimeError; a group that was destroyed is a KeyError.
+_NO_STORE = (RuntimeError, ValueError, AttributeError, KeyError)
 _log = logging.getLogger("gradacc_kernels")
+_reductions: Counter[str] = Counter()  # of each process group, by its name
 
 
-def missing_after_error(process_group: dist.ProcessGroup, reduction: int, what: str) -> str:
+def next_reduction(process_group: dist.ProcessGroup) -> int:
+    """Returns the number of a reduction that begins, the same on all ranks of a process group.
+
+    Whoever reduces over it counts on: those of several attachments differ.
+    """
+    _reductions[process_group.group_name] += 1
+    return _reductions[process_group.group_name]
+
+
+def missing_after_error(process_group: dist.ProcessGroup, reduction: int) -> str:
     """Says which ranks do not answer, after an error of a reduction: waits LISTENS for them."""
     try:
-        _say(process_group, reduction, what)
+        _say(process_group, reduction)
         silent, end = dist.get_process_group_ranks(process_group), time.monotonic() + LISTENS
         while silent and time.monotonic() < end:
             silent = _silent(process_group, reduction, silent)
@@ -59,21 +70,23 @@ def _store() -> dist.Store:
     return dist.PrefixStore("gradacc_kernels", dist.distributed_c10d._get_default_store())
 
 
-def _key(process_group: dist.ProcessGroup, reduction: int, rank: int) -> str:
-    return f"{process_group.group_name}/{reduction}/{rank}"
+def _key(process_group: dist.ProcessGroup, rank: int) -> str:
+    return f"{process_group.group_name}/{rank}"
 
 
-def _say(process_group: dist.ProcessGroup, reduction: int, what: str) -> None:
-    _store().set(_key(process_group, reduction, dist.get_rank()), what)
+def _say(process_group: dist.ProcessGroup, reduction: int) -> None:
+    _store().set(_key(process_group, dist.get_rank()), str(reduction))
 
 
 def _silent(
     process_group: dist.ProcessGroup, reduction: int, ranks: Sequence[int] | None = None
 ) -> list[int]:
-    """The ranks that have not said that they wait in a reduction."""
+    """The ranks that have not said that they wait in a reduction, or in a later one."""
     store = _store()
     ranks = dist.get_process_group_ranks(process_group) if ranks is None else ranks
-    return [rank for rank in ranks if not store.check([_key(process_group, reduction, rank)])]
+    keys = {rank: _key(process_group, rank) for rank in ranks}
+    said = {rank: int(store.get(key)) for rank, key in keys.items() if store.check([key])}
+    return [rank for rank in ranks if said.get(rank, 0) < reduction]
 
 
 def _is_cut_off(process_group: dist.ProcessGroup, rank: int) -> bool:
@@ -153,12 +166,19 @@ class Watch:
         """
         with self._lock:
             last = self._under_way[-1] if self._under_way else None
-            if last is not None and last.reduction != reduction and last.work.is_completed():
-                self._under_way.clear()
+            if last is not None and last.reduction != reduction:
+                self._forget(last)
             self._under_way.append(_UnderWay(reduction, what, work, time.monotonic()))
         if self._thread is None:
             self._thread = threading.Thread(target=_run, args=(weakref.ref(self),), daemon=True)
             self._thread.start()
+
+    def _forget(self, last: _UnderWay) -> None:
+        """Forgets what has ended: all, or what the device has done while the host ran ahead."""
+        if last.work.is_completed():
+            self._under_way.clear()
+        while self._under_way and self._under_way[0].work.is_completed():
+            self._under_way.popleft()
 
     def look(self) -> float | None:
         """Looks after the oldest collective.
@@ -191,7 +211,7 @@ class Watch:
     def _make_known(self, oldest: _UnderWay) -> None:
         self._said = oldest
         try:
-            _say(self._process_group, oldest.reduction, oldest.what)
+            _say(self._process_group, oldest.reduction)
         except _NO_STORE as error:
             _log.warning("gradacc_kernels: %s", _no_answer(error))
 
@@ -217,5 +237,9 @@ def _run(alive: weakref.ref[Watch]) -> None:
     while seconds is not None:
         time.sleep(min(seconds, NAP))
         watch = alive()
-        seconds = None if watch is None else watch.look()
+        try:
+            seconds = None if watch is None else watch.look()
+        except RuntimeError as error:  # CUDA's, by which other calls fail as well
+            seconds = None
+            _log.warning("gradacc_kernels: reductions are watched no more: %s", error)
         del watch

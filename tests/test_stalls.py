@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,7 +52,8 @@ def until(condition, seconds=10.0):
 
 
 def test_what_does_not_end_is_told_once_with_bucket_and_rank(store, caplog):
-    store.set(stalls._key(GROUP, 7, 2), "bucket 3 of 6")
+    store.set(stalls._key(GROUP, 1), "6")  # in a reduction before
+    store.set(stalls._key(GROUP, 2), "7")
     watch = stalls.Watch(GROUP, timeout=0.6)
     began = time.monotonic()
     watch.add(7, "bucket 2 of 6", Work(has_ended=True))
@@ -61,7 +63,7 @@ def test_what_does_not_end_is_told_once_with_bucket_and_rank(store, caplog):
     assert 0.3 <= time.monotonic() - began
     assert "rank 0 has waited" in watch.failure
     assert "for bucket 3 of 6 in reduction 7: rank 1 did not come as far" in watch.failure
-    assert store.get(stalls._key(GROUP, 7, 0)) == b"bucket 3 of 6"
+    assert store.get(stalls._key(GROUP, 0)) == b"7"
     assert until(lambda: not watch._thread.is_alive())
     assert [r.message for r in caplog.records] == [watch.failure]
     assert caplog.records[0].levelno == logging.ERROR
@@ -74,7 +76,7 @@ def test_what_ends_in_time_is_not_told(store, caplog):
     watch.add(1, "bucket 1 of 2", slow)
     time.sleep(0.1)
     assert quick.asked == slow.asked == 0  # not before half of the time has passed
-    assert until(lambda: store.check([stalls._key(GROUP, 1, 0)]))
+    assert until(lambda: store.check([stalls._key(GROUP, 0)]))
     slow.has_ended = True
     assert until(lambda: not watch._under_way)
     time.sleep(0.7)  # past the time to tell
@@ -83,7 +85,7 @@ def test_what_ends_in_time_is_not_told(store, caplog):
 
 def test_where_all_wait_no_rank_is_blamed(store):
     for rank in (1, 2):
-        store.set(stalls._key(GROUP, 1, rank), "bucket 0 of 2")
+        store.set(stalls._key(GROUP, rank), "1")
     watch = stalls.Watch(GROUP, timeout=0.2)
     watch.add(1, "bucket 0 of 2", Work())
     assert until(lambda: watch.failure) and "all ranks wait" in watch.failure
@@ -111,6 +113,54 @@ def test_reductions_that_have_ended_are_forgotten(store):
     watch.add(200, "a bucket", Work())
     watch.add(201, "a bucket", Work())  # the one before is under way
     assert len(watch._under_way) == 2
+
+
+def test_a_host_that_runs_ahead_keeps_what_is_under_way_alone(store):
+    watch = stalls.Watch(GROUP, timeout=600.0)
+    works = [Work() for _ in range(300)]
+    for index, work in enumerate(works):
+        watch.add(index // 3, "a bucket", work)
+        if index >= 6:
+            works[index - 6].has_ended = True
+        assert len(watch._under_way) <= 9
+
+
+def test_many_windows_leave_one_key_a_rank(store):
+    for reduction in range(1, 100):
+        stalls._say(GROUP, reduction)
+        assert stalls._silent(GROUP, reduction) == [1, 2]
+    assert stalls._silent(GROUP, 98) == [1, 2]
+    assert store.num_keys() == 1
+
+
+def test_reductions_of_several_attachments_have_numbers_of_their_own(store, monkeypatch):
+    monkeypatch.setattr(stalls, "_reductions", Counter())
+    other = SimpleNamespace(group_name="other")
+    assert [stalls.next_reduction(group) for group in (GROUP, GROUP, other)] == [1, 2, 1]
+    store.set(stalls._key(GROUP, 1), "1")  # it waits for the first attachment
+    stalls._say(GROUP, 2)
+    assert stalls._silent(GROUP, 2) == [1, 2]
+    assert stalls._silent(other, 1) == [0, 1, 2]
+
+
+def test_what_the_device_raises_ends_the_watch_by_a_warning(store, caplog):
+    def raises():
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    watch = stalls.Watch(GROUP, timeout=0.2)
+    watch.add(1, "a bucket", SimpleNamespace(is_completed=raises))
+    assert until(lambda: not watch._thread.is_alive())
+    assert "watched no more: CUDA error" in caplog.text and watch.failure is None
+
+
+def test_a_process_group_that_was_destroyed_is_told(store, monkeypatch):
+    def gone(group):
+        raise KeyError(group)
+
+    monkeypatch.setattr(stalls.dist, "get_process_group_ranks", gone)
+    watch = stalls.Watch(GROUP, timeout=0.2)
+    watch.add(1, "bucket 0 of 2", Work())
+    assert until(lambda: watch.failure) and "bucket 0 of 2" in watch.failure
 
 
 def test_its_thread_holds_nothing_and_ends_with_it(store):
