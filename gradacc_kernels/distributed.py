@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradacc_kernels import copies, dispatch, sharded
+from gradacc_kernels.lockstep import Lockstep
 from gradacc_kernels.reducer import Reducer
 
 REDUCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -77,6 +78,7 @@ class Reduction:
             *options,
         )
         check_alike("attach", named, options, self.process_group)
+        self._lockstep = Lockstep(self.process_group)
 
     def choose(self, device: torch.device) -> None:
         """Chooses between all-reduces and copies, the same on all ranks; a collective.
@@ -114,7 +116,8 @@ class Reduction:
             reducer = Reducer(flat, ends, self.process_group, self._reduce_dtype, bucket_bytes)
         if before is not None:
             reducer.has_reduced, reducer.windows = before.has_reduced, before.windows
-            reducer.lockstep.windows = before.lockstep.windows
+        reducer.lockstep = self._lockstep
+        self._lockstep.restart()
         overlaps = group.nonfinite in ("skip_window", "ignore")
         group.hooks.reduce_with(reducer.bucket_of, reducer.launch, overlaps)
         return reducer

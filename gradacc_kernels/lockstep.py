@@ -7,11 +7,31 @@ the other. 8 (R + 2) bytes over R ranks.
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_attachments: Counter[str] = Counter()  # of each process group, by its name
+
+
+class _State(NamedTuple):
+    """What all ranks have to agree on, as a number that float64 holds."""
+
+    attachment: int
+    window: int
+    is_weighted: bool
+
+    def pack(self) -> int:
+        return self.attachment << 33 | self.window << 1 | self.is_weighted
+
+    @classmethod
+    def unpack(cls, number: float) -> _State:
+        whole = int(number)
+        return cls(whole >> 33, whole >> 1 & 0xFFFFFFFF, bool(whole & 1))
 
 
 class Lockstep:
@@ -20,20 +40,25 @@ class Lockstep:
     On the CPU a difference is found at once; on a GPU, where nothing waits, by a later call.
 
     Args:
-        process_group: whose ranks reduce together.
-        device: of the gradients.
+        process_group: whose ranks reduce together, and make as many of these.
 
     Attributes:
+        attachment: its number, the same on all ranks.
         windows: how many were reduced.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup, device: torch.device):
+    def __init__(self, process_group: dist.ProcessGroup):
+        _attachments[process_group.group_name] += 1
+        self.attachment = _attachments[process_group.group_name]
         self.windows = 0
         self._process_group = process_group
-        self._device = device
         self._last: int | None = None
         self._gathered: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+
+    def restart(self) -> None:
+        """Tells that numbers of windows begin anew."""
+        self._last = None
 
     def exchange(
         self, window: int, is_weighted: bool, values: Tensor, waits: bool
@@ -52,14 +77,14 @@ class Lockstep:
         if window != self._last:
             self._last, self.windows = window, self.windows + 1
         size, rank = dist.get_world_size(self._process_group), dist.get_rank(self._process_group)
-        if self._stream is None:
-            here, there = None, contextlib.nullcontext()
-        else:
-            here, there = torch.cuda.current_stream(self._device), torch.cuda.stream(self._stream)
+        here, there = None, contextlib.nullcontext()
+        if values.is_cuda:
+            self._stream = self._stream or torch.cuda.Stream(values.device)
+            here, there = torch.cuda.current_stream(values.device), torch.cuda.stream(self._stream)
             self._stream.wait_stream(here)
         with there:
             everyone = values.new_zeros(size + len(values))
-            everyone[rank].fill_(2 * self.windows + is_weighted)
+            everyone[rank].fill_(_State(self.attachment, self.windows, is_weighted).pack())
             everyone[size:].copy_(values)
             work = dist.all_reduce(everyone, group=self._process_group, async_op=True)
             work.wait()
@@ -80,7 +105,7 @@ class Lockstep:
             RuntimeError: on all ranks.
         """
         while self._gathered and (self._gathered[0][1] is None or self._gathered[0][1].query()):
-            states = self._gathered.popleft()[0].long().tolist()
+            states = list(map(_State.unpack, self._gathered.popleft()[0].tolist()))
             if len(set(states)) > 1:
                 raise RuntimeError(_describe(states))
 
@@ -91,20 +116,32 @@ def _event() -> torch.cuda.Event:
     return event
 
 
-def _describe(states: list[int]) -> str:
-    windows, are_weighted = zip(*(divmod(state, 2) for state in states), strict=True)
-    if len(set(windows)) > 1:
-        least, most = min(windows), max(windows)
+def _describe(states: list[_State]) -> str:
+    attachments, windows, are_weighted = zip(*states, strict=True)
+    restart = "What the ranks hold differs now: restart them from a checkpoint"
+    if len(set(attachments)) > 1:
         return (
             "gradacc_kernels: the ranks of the process group have averaged gradients of different "
-            f"windows: rank {windows.index(least)} those of its window {least}, rank "
-            f"{windows.index(most)} those of its window {most}. Every rank must run the same "
-            "number of backwards that reduce in a window. Where ranks have different numbers of "
-            "micro-batches, run all backwards inside of no_sync() and call reduce(), or step(), "
-            "once a window. What the ranks hold differs now: restart them from a checkpoint"
+            f"attachments: {_extremes(attachments)}. Where the gradients of several arrive in one "
+            "backward, and not in the same order on all ranks, each needs a process group of its "
+            f"own, by torch.distributed.new_group(). {restart}"
         )
+    if len(set(windows)) > 1:
+        return (
+            "gradacc_kernels: the ranks of the process group have averaged gradients of different "
+            f"windows: {_extremes(windows)}. Every rank must run the same number of backwards that "
+            "reduce in a window. Where ranks have different numbers of micro-batches, run all "
+            f"backwards inside of no_sync() and call reduce(), or step(), once a window. {restart}"
+        )
+    some, others = are_weighted.index(True), are_weighted.index(False)
     return (
-        f"gradacc_kernels: in window {windows[0]} rank {are_weighted.index(1)} has micro-batches "
-        f"with weights, and rank {are_weighted.index(0)} none. Run all micro-batches inside of "
-        "micro_batch(weight), and `with accumulator.micro_batch(0): pass` on a rank that has none"
+        f"gradacc_kernels: in window {windows[0]} rank {some} has micro-batches with weights, and "
+        f"rank {others} none. Run all micro-batches inside of micro_batch(weight), and `with "
+        "accumulator.micro_batch(0): pass` on a rank that has none"
     )
+
+
+def _extremes(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    ranks = numbers.index(low), numbers.index(high)
+    return f"rank {ranks[0]} those of its number {low}, rank {ranks[1]} those of its number {high}"

@@ -28,7 +28,7 @@ class Reducer:
         bucket_of: the bucket of each parameter. Bucket 0 holds the last parameters, whose gradients
             come first.
         has_reduced: whether a reduction has ended since this was last set to False.
-        lockstep: compares which windows the ranks reduce.
+        lockstep: compares which windows the ranks reduce; that of the attachment.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class Reducer:
         # gloo has no average.
         self._averages = stalls.backend_of(process_group, flat.device) == "nccl"
         self._under_way: list[tuple[int, Any]] = []
-        self.lockstep = Lockstep(process_group, flat.device)
         self._timeout = stalls.timeout_of(process_group, flat.device)
         self._watch: stalls.Watch | None = None
         end_wait = self._end_wait()
         if self._averages or end_wait is not None:
             self._watch = stalls.Watch(process_group, self._timeout, end_wait)
+        self.lockstep: Lockstep
         self.has_reduced = False
         self.windows = 0
         self._reduction = 0  # its number, once it has begun

@@ -597,7 +597,7 @@ def a_rank_that_reduces_more_often_is_told_on_all(ranks):
                     ranks.finish()
 
             said = said_by(lambda run=windows: run(2 if ranks.rank == 1 else 1))
-            assert "rank 1 those of its window 2, rank 0 those of its window 3" in said, said
+            assert "rank 1 those of its number 2, rank 0 those of its number 3" in said, said
             assert "no_sync() and call reduce()" in said
             accumulator.detach()
 
@@ -645,6 +645,22 @@ def weights_of_some_ranks_alone_are_told_on_all(ranks):
             said = said_by(window)
             assert "in window 1 rank 0 has micro-batches with weights, and rank 1 none" in said
             accumulator.detach()
+
+
+@case
+def attachments_in_another_order_are_told_on_all(ranks):
+    """They have buckets of one size, so nothing else would tell."""
+    models = [ranks.model(torch.float32) for _ in range(2)]
+    accumulators = [gk.attach(model, process_group=ranks.group) for model in models]
+
+    def window():
+        for accumulator in accumulators if ranks.rank == 0 else reversed(accumulators):
+            accumulator.reduce()
+            ranks.finish()
+
+    assert "different attachments: rank 0 those of" in said_by(window)
+    for accumulator in accumulators:
+        accumulator.detach()
 
 
 @case
