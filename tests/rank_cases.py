@@ -365,26 +365,61 @@ def a_micro_batch_that_one_rank_drops(ranks):
         accumulator.detach()
 
 
+def some_grads(kind, rank):
+    """What a rank has summed: of one magnitude, of many that differ by rank too, or subnormal."""
+    generator = torch.Generator().manual_seed(7 + rank)
+    grad = torch.randn(1 << 14, generator=generator)
+    if kind == "uneven":
+        exponents = torch.randn(1 << 14, generator=torch.Generator().manual_seed(3))
+        grad *= torch.exp(2 * exponents) * 1e-3 * 5.0**rank
+    return grad * 1e-6 if kind == "small" else grad
+
+
+def reduced(ranks, grad, **options):
+    """The average of a gradient, and the accumulator that has made it."""
+    param = torch.nn.Parameter(torch.zeros(grad.shape, device=ranks.device))
+    accumulator = gk.attach([param], process_group=ranks.group, **options)
+    (param * grad.to(ranks.device)).sum().backward()
+    return param.grad, accumulator
+
+
 @case
 def reduction_in_16_bits_is_within_its_bound(ranks):
-    for dtype, unit in ((torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)):
+    count = ranks.world_size
+    for dtype, unit, tiny in (
+        (torch.bfloat16, 2.0**-8, 2.0**-134),
+        (torch.float16, 2.0**-11, 2.0**-25),
+    ):
         for backend in ranks.backends:
-            model = ranks.model()
-            expected = mean_sum(ranks, model, 1)
-            accumulator = gk.attach(
-                model, backend=backend, process_group=ranks.group, reduce_dtype=dtype
-            )
-            backward(model, ranks.batches(1)[0])
-            is_exact = []
-            for param, total in zip(model.parameters(), expected, strict=True):
-                error = (param.grad.cpu().double() - total.total).abs()
-                # Each term is rounded once, and so is each addition and the mean.
-                bound = (ranks.world_size + 1) * unit * total.magnitude + 1e-6
+            for kind in ("normal", "uneven", "small"):
+                terms = torch.stack([some_grads(kind, rank).double() for rank in range(count)])
+                mean, accumulator = reduced(
+                    ranks, some_grads(kind, ranks.rank), backend=backend, reduce_dtype=dtype
+                )
+                error = (mean.cpu().double() - terms.mean(0)).abs()
+                magnitude = terms.abs().mean(0)
+                bound = ((1 + unit) ** (count + 2) - 1) * magnitude + (count + 2) * tiny
                 assert (error <= bound).all()
-                is_exact.append(total.contains(param.grad))
-            assert not all(is_exact)  # the reduction is in 16 bits
-            ranks.assert_same(p.grad for p in model.parameters())
-            accumulator.detach()
+                assert (error > 2.0**-22 * magnitude).any()  # the reduction is in 16 bits
+                ranks.assert_same([mean])
+                accumulator.detach()
+
+
+@case
+def an_overflow_of_float16_alone_is_found_on_all(ranks):
+    """In float32 nothing overflows: of one rank, and where the addition over ranks does."""
+    one = torch.tensor([7e4 if ranks.rank == 0 else 0.0, 1.0])
+    each = torch.tensor([6e4, 1.0])
+    for backend in ranks.backends:
+        for grad, is_finite in ((one, False), (each, ranks.device.type == "cuda")):
+            for dtype in (torch.float16, torch.bfloat16, None):
+                mean, accumulator = reduced(ranks, grad, backend=backend, reduce_dtype=dtype)
+                is_found = dtype == torch.float16 and not is_finite
+                assert accumulator.found_inf.item() == is_found
+                assert accumulator.grad_norm(from_statistics=True).isnan().item() == is_found
+                assert mean[1].isfinite()
+                ranks.assert_same([mean])
+                accumulator.detach()
 
 
 @case
