@@ -77,11 +77,13 @@ class Lockstep:
         if window != self._last:
             self._last, self.windows = window, self.windows + 1
         size, rank = dist.get_world_size(self._process_group), dist.get_rank(self._process_group)
-        here, there = None, contextlib.nullcontext()
+        here, there, is_captured = None, contextlib.nullcontext(), False
         if values.is_cuda:
             self._stream = self._stream or torch.cuda.Stream(values.device)
             here, there = torch.cuda.current_stream(values.device), torch.cuda.stream(self._stream)
+            is_captured = torch.cuda.is_current_stream_capturing()
             self._stream.wait_stream(here)
+            values.record_stream(self._stream)
         with there:
             everyone = values.new_zeros(size + len(values))
             everyone[rank].fill_(_State(self.attachment, self.windows, is_weighted).pack())
@@ -91,9 +93,9 @@ class Lockstep:
             means = everyone[size:] / size
             if here is None:
                 self._gathered.append((everyone[:size], None))
-            elif not torch.cuda.is_current_stream_capturing():
+            elif not is_captured:
                 self._gathered.append((everyone[:size].to("cpu", non_blocking=True), _event()))
-        if here is not None and waits:
+        if here is not None and (waits or is_captured):
             here.wait_stream(self._stream)
             means.record_stream(here)
         return means, work
@@ -104,6 +106,8 @@ class Lockstep:
         Raises:
             RuntimeError: on all ranks.
         """
+        if self._stream is not None and torch.cuda.is_current_stream_capturing():
+            return  # an event must not be asked then
         while self._gathered and (self._gathered[0][1] is None or self._gathered[0][1].query()):
             states = list(map(_State.unpack, self._gathered.popleft()[0].tolist()))
             if len(set(states)) > 1:
