@@ -74,16 +74,17 @@ class Ranks:
                 assert other.equal(tensor), "the ranks hold different bits"
 
 
-def mean_sum(ranks, model, count, weights=None):
+def mean_sum(ranks, model, count, weights=None, members=None):
     """The sums that one process has of the batches of all ranks, each over the number of ranks."""
     params = list(model.parameters())
     sums = [oracle.WindowSum(torch.zeros(p.shape)) for p in params]
-    for rank in range(ranks.world_size):
+    members = range(ranks.world_size) if members is None else members
+    for rank in members:
         for index, x in enumerate(ranks.batches(count, rank)):
             loss = model(x).float().square().sum()
             weight = 1.0 if weights is None else float(weights[rank][index])
             for total, grad in zip(sums, torch.autograd.grad(loss, params), strict=True):
-                total.add(grad, weight / ranks.world_size)
+                total.add(grad, weight / len(members))
     return sums
 
 
@@ -623,7 +624,7 @@ def a_rank_that_reduces_more_often_is_told_on_all(ranks):
             x = ranks.batches(1, dtype=torch.float32)[0]
 
             def windows(count, way=way, model=model, optimizer=optimizer, x=x):
-                for window in range(3):
+                for window in range(5):
                     for _ in range(count if window == 1 else 1):
                         backward(model, x)
                     if way == "step":
@@ -683,17 +684,64 @@ def weights_of_some_ranks_alone_are_told_on_all(ranks):
 
 
 @case
+def groups_of_some_ranks_reduce_on_their_own(ranks):
+    """Of 4 ranks, 3 and 1: means over an odd number, and over one."""
+    parts = [range(ranks.world_size - 1), range(ranks.world_size - 1, ranks.world_size)]
+    groups = [dist.new_group(list(part)) for part in parts]
+    mine = int(ranks.rank in parts[1])
+    assert "that this rank is in" in said_by(
+        lambda: gk.attach(ranks.model(), process_group=groups[1 - mine]), TypeError
+    )
+    for backend in ranks.backends:
+        model = ranks.model()
+        expected = mean_sum(ranks, model, 1, members=parts[mine])
+        accumulator = gk.attach(model, backend=backend, process_group=groups[mine])
+        with accumulator.micro_batch(1.0):
+            backward(model, ranks.batches(1)[0])
+        assert accumulator.weight.item() == len(parts[mine])
+        for param, total in zip(model.parameters(), expected, strict=True):
+            total.k += 4  # of the mean: additions, and its factor
+            assert total.contains(param.grad)
+        accumulator.detach()
+
+
+@case
+def a_window_that_was_saved_goes_on(ranks):
+    for backend in ranks.backends:
+        model = ranks.model()
+        expected = mean_sum(ranks, model, 2)
+        first, last = ranks.batches(2)
+        accumulator = gk.attach(model, backend=backend, process_group=ranks.group)
+        with accumulator.no_sync():
+            backward(model, first)
+        saved = accumulator.state_dict()
+        resumed = ranks.model()
+        other = gk.attach(resumed, backend=backend, process_group=ranks.group)
+        other.load_state_dict(saved)
+        backward(resumed, last)
+        assert_reduced(ranks, resumed, expected)
+        backward(model, last)
+        pairs = zip(model.parameters(), resumed.parameters(), strict=True)
+        assert all(p.grad.equal(q.grad) for p, q in pairs)
+        accumulator.detach()
+        other.detach()
+
+
+@case
 def attachments_in_another_order_are_told_on_all(ranks):
     """They have buckets of one size, so nothing else would tell."""
     models = [ranks.model(torch.float32) for _ in range(2)]
     accumulators = [gk.attach(model, process_group=ranks.group) for model in models]
 
-    def window():
-        for accumulator in accumulators if ranks.rank == 0 else reversed(accumulators):
-            accumulator.reduce()
-            ranks.finish()
+    def windows():
+        for _ in range(2):
+            for accumulator in accumulators if ranks.rank == 0 else reversed(accumulators):
+                accumulator.reduce()
+                ranks.finish()
+            for model in models:
+                model.zero_grad()
 
-    assert "different attachments: rank 0 those of" in said_by(window)
+    assert "different attachments: rank 0 those of" in said_by(windows)
     for accumulator in accumulators:
         accumulator.detach()
 
