@@ -11,7 +11,8 @@ is alone in memory while it is measured. rank_ways.py has the ways.
   that of the reduction of the whole buffer with nothing beside it.
 - options: other settings of ours, and ours once more, which shows how far clocks have drifted.
 - buckets: the sizes of buckets.
-- blocks: fewer thread blocks of NCCL, and no embedding, whose gradient comes last.
+- blocks: what of a reduction is not hidden: without the embedding, whose gradient comes last, with
+  fewer thread blocks of NCCL, and by copies without what they do about it.
 - all_reduce: the time of a collective by its size.
 
 No way begins after ``--seconds``: the results name what was skipped. On the CPU a model of a toy's
@@ -294,11 +295,16 @@ def blocks(plan: Plan, sections: Sequence[str]) -> list[tuple[str, Way, int, Seq
             for n_bytes in plan.buckets:
                 way = rank_ways.reduced_by(reduce_by, bucket_bytes=n_bytes)
                 found.append(("buckets", way, n_tokens, one))
-    shared = [(each, None, embeds) for each in plan.reduced_by for embeds in (True, False)]
-    shared += [("all_reduce", limit, True) for limit in plan.thread_blocks]
-    for reduce_by, limit, embeds in shared:
-        way = rank_ways.reduced_by(reduce_by, max_ctas=limit, embeds=embeds)
-        found.append(("blocks", way, plan.tokens[0], one))
+    for reduce_by in plan.reduced_by:
+        others: list[tuple[str, dict]] = [("", {}), ("no embedding", {"embeds": False})]
+        if reduce_by == "copies":
+            others += [("barriers that spin", {"spins": True})]
+            others += [("untouched rows too", {"is_whole": True})]
+        else:
+            limits = plan.thread_blocks
+            others += [(f"{n} thread blocks", {"max_ctas": n}) for n in limits]
+        ways = [rank_ways.reduced_by(reduce_by, words, **options) for words, options in others]
+        found += [("blocks", way, plan.tokens[0], one) for way in ways]
     return [block for block in found if block[0] in sections]
 
 

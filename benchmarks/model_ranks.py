@@ -1,6 +1,6 @@
 """What reducing gradients costs at 8, 64 and 1,024 ranks: a model. Nothing was run on so many.
 
-    python benchmarks/model_ranks.py benchmarks/results/ranks_h200x2.json
+    python benchmarks/model_ranks.py benchmarks/results/ranks_h200.json
 
 From the file come the figures that were measured on a few ranks of one node; the others are
 assumed, and printed as such. Without a file all are assumed. Each can be given: --backward-s 0.02.
@@ -74,39 +74,49 @@ class Figures:
     tokens: int = _figure(2048, "in a micro-batch of a rank")
     forward_s: float = _figure(0.012, "of a micro-batch")
     backward_s: float = _figure(0.024, "of a micro-batch")
-    node_bandwidth: float = _figure(329e9, "bus bandwidth inside of a node: 2 H100s, 1 GiB")
+    node_bandwidth: float = _figure(329e9, "bus bandwidth inside of a node, of 1 GiB and more")
     network_bandwidth: float = _figure(50e9, "a NIC of 400 Gb/s a GPU")
     gpus_per_node: int = _figure(8, "with a NIC each")
     least_s: float = _figure(10e-6, "of a collective, however small")
     latency: float = _figure(1.0, "a factor for NCCL's table of latencies")
-    bucket_bytes: int = _figure(32 << 20, "of attach, in float32")
+    bucket_bytes: int = _figure(256 << 20, "of attach, in float32")
 
 
 def measured(path: Path, tokens: int | None = None) -> dict[str, float]:
-    """Returns the figures that a results file has measured.
-
-    Args:
-        path: JSON with ``ranks``, of one node; ``all_reduce``, a list of {"bytes", "seconds"} on
-            them; ``micro_batches``, a list of {"tokens", "forward_s", "backward_s"}; and if they
-            are not the usual ones ``elements`` and ``layers``.
-        tokens: of which micro-batch; None for the first.
+    """Returns the figures that a results file has measured: see figures_of.
 
     Raises:
         ValueError: an entry is missing, or the number of tokens.
     """
-    found = json.loads(path.read_text())
     try:
-        calls = sorted((call["bytes"], call["seconds"]) for call in found["all_reduce"])
-        (_, least), (nbytes, seconds) = calls[0], calls[-1]
-        share = 2 * (found["ranks"] - 1) / found["ranks"]
-        batches = {batch["tokens"]: batch for batch in found["micro_batches"]}
-        batch = batches[next(iter(batches)) if tokens is None else tokens]
-        figures = {name: batch[name] for name in ("tokens", "forward_s", "backward_s")}
-    except (KeyError, IndexError, StopIteration) as error:
+        return figures_of(json.loads(path.read_text()), tokens)
+    except KeyError as error:
         raise ValueError(
-            f"{path}: expected ranks, all_reduce [bytes, seconds] and micro_batches [tokens, "
+            f"{path}: expected world_size, all_reduce [bytes, seconds] and micro_batches [tokens, "
             f"forward_s, backward_s], got no {error}"
         ) from error
+
+
+def figures_of(found: dict, tokens: int | None = None) -> dict[str, float]:
+    """Returns the figures that a run has measured.
+
+    Args:
+        found: ``world_size``, of one node; ``all_reduce``, a list of {"bytes", "seconds"} on it;
+            ``micro_batches``, a list of {"tokens", "forward_s", "backward_s"}; and if they are not
+            the usual ones ``elements`` and ``layers``.
+        tokens: of which micro-batch, the first of these; None for the first of all.
+
+    Raises:
+        KeyError: an entry is missing, or the number of tokens.
+    """
+    calls = sorted((call["bytes"], call["seconds"]) for call in found["all_reduce"])
+    (_, least), (nbytes, seconds) = calls[0], calls[-1]
+    share = 2 * (found["world_size"] - 1) / found["world_size"]
+    of_length = [b for b in found["micro_batches"] if tokens in (None, b["tokens"])]
+    if not of_length:
+        raise KeyError(tokens)
+    batch = of_length[0]
+    figures = {name: batch[name] for name in ("tokens", "forward_s", "backward_s")}
     figures |= {name: found[name] for name in ("elements", "layers") if name in found}
     return figures | {"node_bandwidth": share * nbytes / seconds, "least_s": least}
 

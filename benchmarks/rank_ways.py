@@ -97,6 +97,8 @@ class Attached(Loop):
         options: of attach.
         max_ctas: thread blocks that NCCL may use, each of which keeps an SM from backward.
         embeds: whether the input embedding is trained, whose gradient comes last.
+        spins: whether barriers of copies are kernels that spin.
+        is_whole: whether copies bring the last bucket too, with rows that were not touched.
     """
 
     def __init__(
@@ -105,12 +107,18 @@ class Attached(Loop):
         *args,
         max_ctas: int | None = None,
         embeds: bool = True,
+        spins: bool = False,
+        is_whole: bool = False,
         **options,
     ):
         super().__init__(model, *args)
         model.embedding.requires_grad_(embeds)
         group = dist.group.WORLD if max_ctas is None else limited_group(max_ctas)
         self.accumulator = gk.attach(model, process_group=group, **options)
+        if spins:
+            self.reducer._signal = None
+        if is_whole:
+            self.reducer._touched = None
 
     @property
     def unseen_bytes(self) -> int:
@@ -261,19 +269,13 @@ OPTIONS = (
 )
 
 
-def reduced_by(way: str, *, embeds: bool = True, **options: int | None) -> Way:
+def reduced_by(reduce_by: str, words: str = "", **options: int | None) -> Way:
     """Returns our way over bfloat16 parameters with another reduction.
 
     Args:
-        way: of attach's reduce_by.
-        embeds: see Attached.
-        **options: of Attached; those that are None are left out.
+        reduce_by: of attach.
+        words: what else is other, for the tables.
+        **options: of Attached.
     """
-    options = {name: value for name, value in options.items() if value is not None}
-    parts = [way]
-    if "max_ctas" in options:
-        parts.append(f"{options['max_ctas']} thread blocks")
-    if not embeds:
-        parts.append("no embedding")
-    loop = partial(Attached, reduce_by=way, embeds=embeds, **options)
-    return Way(", ".join(parts), "bf16", "ours", loop)
+    name = ", ".join(filter(None, [reduce_by, words]))
+    return Way(name, "bf16", "ours", partial(Attached, reduce_by=reduce_by, **options))

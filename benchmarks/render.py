@@ -26,8 +26,9 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end generated -->
     master_params DEVICE      losses with float32 masters: master_params_DEVICE.json
     ranks DEVICE              windows on several GPUs: ranks_DEVICE.json
     ranks DEVICE buckets      the sizes of buckets
-    ranks DEVICE blocks       fewer thread blocks of NCCL, and no embedding
+    ranks DEVICE blocks       what of a reduction is not hidden
     ranks DEVICE costs        a collective by its size, and the passes of a micro-batch
+    ranks DEVICE model        what more ranks would cost: model_ranks.py, fed with that file
 
 A block of ranks says that it was not measured where there is no such file.
 """
@@ -44,6 +45,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
+import model_ranks
 from memory_peers import PEERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -688,15 +690,17 @@ FAMILIES_OF_RANKS = {"bf16": "bfloat16 parameters", "autocast": "autocast", "fsd
 
 
 def ranks_block(device: str, *options: str) -> str:
-    """Returns the block ``ranks DEVICE [buckets|blocks|costs]``."""
+    """Returns the block ``ranks DEVICE [buckets|blocks|costs|model]``."""
     tables = {
         (): windows_table,
         ("buckets",): buckets_table,
         ("blocks",): blocks_table,
         ("costs",): costs_tables,
+        ("model",): model_table,
     }
     if options not in tables:
-        raise RenderError(f"ranks DEVICE takes buckets, blocks or costs, got {' '.join(options)}")
+        names = "buckets, blocks, costs or model"
+        raise RenderError(f"ranks DEVICE takes {names}, got {' '.join(options)}")
     if not (RESULTS / f"ranks_{device}.json").is_file():
         return "Not measured yet.\n"
     return tables[options](load(f"ranks_{device}"))
@@ -798,6 +802,25 @@ def costs_tables(results: dict) -> str:
     ]
     collective = table(["all\\_reduce of float32", "time", "bus GB/s"], lines, results)
     return collective + "\n" + table(["a micro-batch", "forward", "backward"], passes, results)
+
+
+def model_table(results: dict) -> str:
+    """Returns what more ranks would cost a window, by a model."""
+    figures = model_ranks.Figures(**model_ranks.figures_of(results))
+    rows = model_ranks.rows_of(figures)
+    ways = list(dict.fromkeys(r["way"] for r in rows))
+    lines = []
+    for ranks in model_ranks.RANKS:
+        lines.append([f"*{ranks:,} ranks, modelled*", *(5 * [""])])
+        for way in ways:
+            found = [r for r in rows if (r["ranks"], r["way"]) == (ranks, way)]
+            times = [duration(r["exposed_s"] * 1e6) for r in found]
+            one = found[0]
+            line = [escape(way), f"{one['bytes'] / 1e9:.1f}", duration(one["busy_s"] * 1e6), *times]
+            lines.append(bold(line) if way == "attach, float32" else line)
+    counts = model_ranks.MICRO_BATCHES
+    columns = [f"T={figures.tokens:,}", "GB sent, K=1", "links busy, K=1"]
+    return table([*columns, *(f"exposed, K={count}" for count in counts)], lines, results)
 
 
 def rates_of(results: dict) -> str:

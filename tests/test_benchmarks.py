@@ -153,7 +153,7 @@ def test_limits_of_the_model_of_ranks():
 def test_the_model_of_ranks_reads_what_was_measured(tmp_path, monkeypatch, capsys):
     path = tmp_path / "ranks.json"
     calls = [{"bytes": 10**9, "seconds": 0.004}, {"bytes": 8, "seconds": 2e-5}]
-    found = {"ranks": 2, "all_reduce": calls, "elements": 10**9}
+    found = {"world_size": 2, "all_reduce": calls, "elements": 10**9}
     found["micro_batches"] = [
         {"tokens": tokens, "forward_s": tokens * 1e-6, "backward_s": tokens * 2e-6}
         for tokens in (256, 2048)
@@ -395,13 +395,14 @@ def test_two_ranks_measure_all_ways(monkeypatch, tmp_path):
     assert all(r["seconds"] > 0 for r in results["all_reduce"])
     assert "window ms" in outputs[0] and "window ms" not in outputs[1]
     monkeypatch.setattr(render, "RESULTS", tmp_path)
-    parts = ((), ("buckets",), ("blocks",), ("costs",))
-    windows, buckets, blocks, costs = (render.ranks_block("x", *options) for options in parts)
+    parts = ((), ("buckets",), ("blocks",), ("costs",), ("model",))
+    windows, buckets, blocks, costs, model = (render.ranks_block("x", *part) for part in parts)
     assert "| **attach, autocast** | **" in windows and "attach / FSDP2's best, autocast" in windows
     assert r"| all\_reduce | 4 KiB |" in buckets and r"| all\_reduce, no embedding |" in blocks
     assert "T=16, autocast" in costs
+    assert model.count("ranks, modelled") == 3
     assert render.ranks_block("y") == "Not measured yet.\n"
-    with pytest.raises(render.RenderError, match="buckets, blocks or costs"):
+    with pytest.raises(render.RenderError, match="buckets, blocks, costs or model"):
         render.ranks_block("x", "full")
 
 
