@@ -73,14 +73,14 @@ def test_copies(ranks, name):
 
 @needs_extension
 @pytest.mark.parametrize("name", names("fsdp_cases.py"))
-@runs("fsdp_cases.py", (2, "cpu"), (4, "cpu"), (2, "cuda"))
+@runs("fsdp_cases.py", (4, "cpu"), (2, "cuda"))
 def test_fsdp(ranks, name):
     assert_passed(ranks, name)
 
 
 @needs_extension
 @pytest.mark.parametrize("name", names("tp_cases.py"))
-@runs("tp_cases.py", (2, "cpu"), (4, "cpu"), (2, "cuda"))
+@runs("tp_cases.py", (4, "cpu"), (2, "cuda"))
 def test_tp(ranks, name):
     assert_passed(ranks, name)
 
