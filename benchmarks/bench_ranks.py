@@ -103,7 +103,7 @@ PLANS = {
         llama.Shape(),
         tokens=(4096, 1024),
         counts=(1, 4, 16),
-        buckets=tuple(mib << 20 for mib in (4, 32, 64, 256)),
+        buckets=tuple(mib << 20 for mib in (16, 64, 256)),
         reduced_by=("copies", "all_reduce"),
         thread_blocks=(8, 16),
         log2_bytes=range(20, 33),

@@ -1,6 +1,6 @@
 """Ranks of which the last is lost in the middle of a backward: what the others say.
 
-    python tests/lost_rank.py WORLD_SIZE cpu|cuda dies|lags
+    python tests/lost_rank.py WORLD_SIZE cpu|cuda dies|lags all_reduce|copies
 
 Prints, as JSON, the error of each other rank and after how many seconds it came. Over NCCL ranks
 end by a signal: what they say is on stderr.
@@ -27,7 +27,7 @@ LAGS = 40.0  # seconds
 TIMEOUT = 20.0
 
 
-def run(rank, world_size, device, way, folder, port):
+def run(rank, world_size, device, way, reduce_by, folder, port):
     """Two backwards; in the second the last rank is lost."""
     torch.set_num_threads(1)
     stalls.LISTENS = 2.0
@@ -42,7 +42,9 @@ def run(rank, world_size, device, way, folder, port):
     )
     torch.manual_seed(0)
     model = mlp(device, torch.float32)
-    accumulator = gk.attach(model, process_group=dist.group.WORLD, bucket_bytes=1)
+    accumulator = gk.attach(
+        model, process_group=dist.group.WORLD, bucket_bytes=1, reduce_by=reduce_by
+    )
 
     def lose(grad):
         if way == "lags":
@@ -70,9 +72,10 @@ def run(rank, world_size, device, way, folder, port):
 
 
 def main():
-    world_size, device, way = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    if len(sys.argv) > 4:
-        run(int(sys.argv[6]), world_size, device, way, Path(sys.argv[4]), int(sys.argv[5]))
+    world_size, device, way, reduce_by = int(sys.argv[1]), *sys.argv[2:5]
+    if len(sys.argv) > 5:
+        folder, port, rank = Path(sys.argv[5]), int(sys.argv[6]), int(sys.argv[7])
+        run(rank, world_size, device, way, reduce_by, folder, port)
     began, port = time.monotonic(), free_port()
     with tempfile.TemporaryDirectory() as folder:
         if device == "cuda":
@@ -87,7 +90,7 @@ def main():
                 child = os.fork()
                 if child == 0:
                     try:
-                        run(rank, world_size, device, way, Path(folder), port)
+                        run(rank, world_size, device, way, reduce_by, Path(folder), port)
                     finally:
                         os._exit(1)
                 children.append(child)

@@ -175,13 +175,13 @@ def test_its_thread_holds_nothing_and_ends_with_it(store):
     assert until(lambda: not thread.is_alive())
 
 
-def lost(world_size, device, way):
+def lost(world_size, device, way, reduce_by):
     """What every rank but the last says when that one is lost, and how the process ended."""
     path = os.pathsep.join(map(str, (SCRIPT.parent, SCRIPT.parent.parent)))
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, str(SCRIPT), str(world_size), device, way]
+    command = [sys.executable, str(SCRIPT), str(world_size), device, way, reduce_by]
     done = subprocess.run(command, env=env, timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
@@ -191,7 +191,7 @@ def lost(world_size, device, way):
 @pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed")
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_rank_that_dies_in_backward_is_named_over_gloo(world_size):
-    (said, stderr), dead = lost(world_size, "cpu", "dies"), world_size - 1
+    (said, stderr), dead = lost(world_size, "cpu", "dies", "all_reduce"), world_size - 1
     for rank in range(world_size - 1):
         told = said[str(rank)]
         assert f"rank {rank} could not reduce bucket" in told["error"], stderr[-3000:]
@@ -204,9 +204,11 @@ def test_a_rank_that_dies_in_backward_is_named_over_gloo(world_size):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than 2 CUDA devices are visible")
-@pytest.mark.parametrize("way", ["dies", "lags"])
-def test_a_rank_that_is_lost_is_named_over_nccl(way):
-    said, stderr = lost(2, "cuda", way)
+@pytest.mark.parametrize(
+    "way, reduce_by", [("dies", "copies"), ("lags", "copies"), ("dies", "all_reduce")]
+)
+def test_a_rank_that_is_lost_is_named_on_gpus(way, reduce_by):
+    said, stderr = lost(2, "cuda", way, reduce_by)
     assert "gradacc_kernels: rank 0 has waited" in stderr, stderr[-3000:]
     assert "of 6 in reduction 2: rank 1 did not come as far, or is gone" in stderr
     assert said["0"]["seconds"] < 100
