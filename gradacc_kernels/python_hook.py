@@ -674,7 +674,8 @@ class PythonHooks:
         if graph_task < 0 or graph_task in self._known_backwards:
             return False
         self._known_backwards.append(graph_task)
-        if not self._is_holding:
+        is_inner = self._buckets is not None and self._outer_reduction() is not None
+        if not self._is_holding and not is_inner:
             self._count_backward()
         return True
 

@@ -4,6 +4,7 @@ A CUDA case always exists, marked ``gpu``, and is skipped with a reason where it
 Triton kernels also run on the CPU, in Triton's interpreter, where there is no CUDA device.
 """
 
+import functools
 import gc
 import json
 import os
@@ -175,19 +176,26 @@ def _run_ranks(folder, script, world_size, device):
 
 @pytest.fixture(scope="session", autouse=True)
 def _rank_runs(request, tmp_path_factory):
-    """The runs of ranks that tests have, each begun beside the tests that come before its own."""
+    """The runs of ranks that tests have, each begun beside the tests that come before its own.
+
+    A worker of xdist, which collects the tests of all workers, begins those of its own tests alone.
+    """
     params = [getattr(item, "callspec", None) for item in request.session.items]
     params = dict.fromkeys(spec.params.get("ranks") for spec in params if spec is not None)
     with ThreadPoolExecutor(max_workers=1) as executor:
-        yield {
-            param: executor.submit(_run_ranks, tmp_path_factory.mktemp("ranks"), *param)
-            for param in params
-            if param is not None and (param[2] == "cpu" or torch.cuda.device_count() >= param[1])
-        }
+
+        @functools.cache
+        def begin(param):
+            return executor.submit(_run_ranks, tmp_path_factory.mktemp("ranks"), *param)
+
+        for param in params if "PYTEST_XDIST_WORKER" not in os.environ else ():
+            if param is not None and (param[2] == "cpu" or torch.cuda.device_count() >= param[1]):
+                begin(param)
+        yield begin
         executor.shutdown(cancel_futures=True)
 
 
 @pytest.fixture
 def ranks(request, _rank_runs):
     """The folder that the ranks wrote to, their results by the name of the case, and stderr."""
-    return _rank_runs[request.param].result()
+    return _rank_runs(request.param).result()

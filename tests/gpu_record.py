@@ -53,7 +53,8 @@ def write():
         sys.exit("gpu_record: no CUDA device is visible, so there is nothing to record")
     counts = Counts()
     # Most of the time is Triton's, which compiles on the CPU.
-    spread = ["-n", str(min(12, os.cpu_count()))] if importlib.util.find_spec("xdist") else []
+    workers = ["-n", str(min(12, os.cpu_count())), "--dist", "loadgroup"]
+    spread = workers if importlib.util.find_spec("xdist") else []
     status = pytest.main(["-q", "-m", "gpu", *spread, str(ROOT / "tests")], plugins=[counts])
     try:
         from triton import __version__ as triton_version

@@ -10,6 +10,7 @@ files of cases call main() too, which runs the cases of the file that was starte
 import contextlib
 import copy
 import gc
+import itertools
 import json
 import os
 import socket
@@ -491,11 +492,11 @@ def hooks_of_others_see_their_own_sum(ranks):
 @case
 def checkpoints(ranks):
     for backend in ranks.backends:
-        for is_reentrant in (False, True):
+        for is_reentrant, steps in itertools.product((False, True), (None, 2)):
             model = ranks.model(torch.float32)
             stock = copy.deepcopy(model)
             accumulator = gk.attach(
-                model, backend=backend, process_group=ranks.group, bucket_bytes=1
+                model, backend=backend, process_group=ranks.group, bucket_bytes=1, steps=steps
             )
 
             def loss(model, x, is_reentrant=is_reentrant):

@@ -8,6 +8,8 @@ import torch
 import zero_cases
 from hook_cases import needs_extension
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 FOLDER = Path(__file__).parent
 
 

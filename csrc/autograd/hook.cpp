@@ -811,13 +811,15 @@ at::Tensor GradHooks::consume(int64_t index, const at::Tensor& grad) {
   return {};
 }
 
-// Whether this is the first gradient that a backward has for us.
+// Whether this is the first gradient that a backward has for us. With `steps`, ranks reduce every
+// so many of them; one inside of another is a part of it.
 bool GradHooks::is_new_backward() {
   const int graph_task = autograd::get_current_graph_task_id();
   const auto end = known_backwards_.end();
   if (std::find(known_backwards_.begin(), end, graph_task) != end) return false;
   known_backwards_[n_known_++ % known_backwards_.size()] = graph_task;
-  if (!is_holding_) count_backward();
+  const bool is_inner = buckets_ && !reducing_backward_.expired();
+  if (!is_holding_ && !is_inner) count_backward();
   return true;
 }
 
