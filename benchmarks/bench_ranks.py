@@ -46,7 +46,7 @@ from timing import Timing, release, sample_wall, wall_timing
 
 T = TypeVar("T")
 
-SECTIONS = ["all_reduce", "ways", "options", "buckets", "blocks"]
+SECTIONS = ["all_reduce", "ways", "blocks", "options", "buckets"]
 METHOD = {
     "window": "zero_grad(set_to_none=True), K micro-batches and the reduction; no optimizer step",
     "time": "wall clock of the slowest rank, median",
@@ -107,8 +107,8 @@ PLANS = {
         reduced_by=("copies", "all_reduce"),
         thread_blocks=(8, 16),
         log2_bytes=range(20, 33),
-        seconds=1.5,
-        least_samples=4,
+        seconds=1.0,
+        least_samples=3,
     ),
     "cpu": Plan(
         llama.Shape(256, width=64, layers=2, heads=4, kv_heads=2, mlp=128, positions=64),
@@ -287,14 +287,6 @@ def blocks(plan: Plan, sections: Sequence[str]) -> list[tuple[str, Way, int, Seq
     found: list[tuple[str, Way, int, Sequence[int]]] = []
     for n_tokens in plan.tokens:
         found += [("ways", way, n_tokens, plan.counts) for way in rank_ways.WAYS]
-    for n_tokens in plan.tokens:
-        options = (*rank_ways.OPTIONS, *rank_ways.OURS)
-        found += [("options", way, n_tokens, one) for way in options]
-    for n_tokens in plan.tokens:
-        for reduce_by in plan.reduced_by:
-            for n_bytes in plan.buckets:
-                way = rank_ways.reduced_by(reduce_by, bucket_bytes=n_bytes)
-                found.append(("buckets", way, n_tokens, one))
     for reduce_by in plan.reduced_by:
         others: list[tuple[str, dict]] = [("", {}), ("no embedding", {"embeds": False})]
         if reduce_by == "copies":
@@ -305,6 +297,14 @@ def blocks(plan: Plan, sections: Sequence[str]) -> list[tuple[str, Way, int, Seq
             others += [(f"{n} thread blocks", {"max_ctas": n}) for n in limits]
         ways = [rank_ways.reduced_by(reduce_by, words, **options) for words, options in others]
         found += [("blocks", way, plan.tokens[0], one) for way in ways]
+    for n_tokens in plan.tokens:
+        options = (*rank_ways.OPTIONS, *rank_ways.OURS)
+        found += [("options", way, n_tokens, one) for way in options]
+    for n_tokens in plan.tokens:
+        for reduce_by in plan.reduced_by:
+            for n_bytes in plan.buckets:
+                way = rank_ways.reduced_by(reduce_by, bucket_bytes=n_bytes)
+                found.append(("buckets", way, n_tokens, one))
     return [block for block in found if block[0] in sections]
 
 

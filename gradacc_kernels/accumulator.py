@@ -409,4 +409,6 @@ class Accumulator:
         lines += [repr(group) for group in attachment.groups]
         if attachment.fused is not None:
             lines.append(repr(attachment.fused))
+        if attachment.reduction is not None:
+            lines.append(repr(attachment.reduction))
         return "\n  ".join(lines)

@@ -59,6 +59,13 @@ class Reduction:
         self._reduce_by = reduce_by
         self.are_copies = False
 
+    def __repr__(self) -> str:
+        """Tells over what and how gradients are averaged."""
+        ranks = dist.get_world_size(self.process_group)
+        way = "copies" if self.are_copies else f"all-reduces in {self._reduce_dtype}"
+        often = "" if self.steps == 1 else f", every {self.steps} backwards"
+        return f"averaged over {ranks} ranks{often}, by {way}"
+
     def check(self, groups: Sequence[Any]) -> None:
         """Raises where parameters cannot be reduced together."""
         kinds = [f"{group.dtype} main gradients on {group.device}" for group in groups]
@@ -68,15 +75,14 @@ class Reduction:
                 f"float64, got {' and '.join(kinds)}"
             )
 
-    def check_alike(self, named: dict[str, Tensor], options: Iterable[Any]) -> None:
+    def check_alike(self, named: dict[str, Tensor], options: dict[str, Any]) -> None:
         """Raises on every rank where their parameters, or the options of attach, differ."""
-        options = (
-            self.steps,
-            self._reduce_dtype,
-            self._bucket_bytes,
-            self._reduce_by,
-            *options,
-        )
+        options = options | {
+            "steps": self.steps,
+            "reduce_dtype": self._reduce_dtype,
+            "bucket_bytes": self._bucket_bytes,
+            "reduce_by": self._reduce_by,
+        }
         check_alike("attach", named, options, self.process_group)
         self._lockstep = Lockstep(self.process_group)
 
@@ -236,7 +242,7 @@ def check_process_group(function: str, option: str, process_group: Any) -> None:
 def check_alike(
     function: str,
     named: dict[str, Tensor],
-    options: Iterable[Any],
+    options: dict[str, Any],
     process_group: dist.ProcessGroup,
 ) -> None:
     """Raises on every rank where their parameters, or the options of a function, differ.
@@ -245,14 +251,12 @@ def check_alike(
         ValueError: they differ; nothing was changed.
     """
     locals_ = {name: sharded.local(param) for name, param in named.items()}
-    described = [
-        *(
-            f"{name}: {list(p.shape)}, {p.dtype}, strides {p.stride()}"
-            for name, p in locals_.items()
-        ),
-        f"options {list(options)}",
-    ]
-    digest = hashlib.sha256("\n".join(described).encode()).hexdigest()
+    described = {
+        f"parameter {name}": f"{list(p.shape)}, {p.dtype}, strides {p.stride()}"
+        for name, p in locals_.items()
+    }
+    described |= {f"option {name}": f"= {value}" for name, value in options.items()}
+    digest = hashlib.sha256("\n".join(map(" ".join, described.items())).encode()).hexdigest()
     digests: list[Any] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(digests, digest, process_group)
     if len(set(digests)) == 1:
@@ -263,11 +267,16 @@ def check_alike(
         (a, b) for a in range(len(digests)) for b in range(a) if digests[a] != digests[b]
     )
     ours, theirs = everything[first], everything[other]
-    pairs = zip([*ours, *[None] * len(theirs)], [*theirs, *[None] * len(ours)], strict=True)
-    mine, its = next((x, y) for x, y in pairs if x != y)
+    differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    if differing:
+        what = differing[0]
+        mine, its = (each.get(what, "is none") for each in (ours, theirs))
+        difference = f"{what} {mine} on rank {first}, and {its} on rank {other}"
+    else:
+        difference = f"they come in another order on rank {first} than on rank {other}"
     raise ValueError(
-        f"{function}: the ranks of the process group have different parameters: rank {first} has "
-        f"{mine or 'no more'}, rank {other} has {its or 'no more'}"
+        f"{function}: the ranks of the process group have different parameters or options: "
+        f"{difference}. Give all ranks the same"
     )
 
 

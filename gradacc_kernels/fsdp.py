@@ -236,10 +236,10 @@ class ShardedHooks:
         """Returns ``.grad``."""
         return self._params[index].grad
 
-    def load(self, index: int, total: Tensor | None, micro_batches: int) -> None:
-        """Makes a window one that has summed this shard, or None, in so many micro-batches."""
+    def load(self, index: int, total: Tensor | None, micro_batches: int, backwards: int) -> None:
+        """Makes a window one that has summed this shard, or None, in so many of its backwards."""
         param = self._params[index]
-        self.whole.load(index, None, micro_batches)
+        self.whole.load(index, None, micro_batches, backwards)
         param.grad = None
         if total is not None:
             param.grad = sharded.wrap(total.to(sharded.local(param).device, copy=True), param)

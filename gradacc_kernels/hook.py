@@ -82,6 +82,15 @@ def _is_covered(param: Tensor) -> bool:
     return _find(param)[0] is not None
 
 
+def is_of_one_rank(param: Tensor) -> bool:
+    """Tells whether attach covers a parameter, and nobody is known to average its gradient."""
+    group, _ = _find(param)
+    attachment = group.owner() if group is not None else None
+    if attachment is None or attachment.reduction or attachment.fully_sharded is not None:
+        return False
+    return distributed.is_hooked([param]) is False
+
+
 def _why_pending(param: Tensor) -> str | None:
     group, index = _find(param)
     attachment = group.owner() if group is not None else None
@@ -99,9 +108,10 @@ def _why_pending(param: Tensor) -> str | None:
         if is_foreign and not attachment.micro_batches():
             return None
         return (
-            "the gradients of this window were not reduced over the ranks, as its last backward "
-            "was inside of no_sync(), or there was none: call Accumulator.step(optimizer), or "
-            "Accumulator.reduce() before optimizer.step()"
+            "the gradients of this window were not reduced over the ranks: its last backward has "
+            "not ended, or was inside of no_sync(), or not the last one of attach(steps=), or "
+            "there was none. Call Accumulator.step(optimizer), or Accumulator.reduce() before "
+            "optimizer.step()"
         )
     if attachment.window in window.pending and attachment.window.is_pending:
         return (
@@ -335,6 +345,11 @@ class _Attachment:
         """The most backwards that have added to the window of a parameter."""
         return max((group.hooks.most_micro_batches() for group in self.groups), default=0)
 
+    def backwards(self) -> int:
+        """How many backwards the window has had."""
+        groups = [group.hooks for group in self.groups]
+        return max((g.tally()[1] for g in groups if g.most_micro_batches()), default=0)
+
     def inv_scales(self) -> dict[torch.device, Tensor]:
         """The factors inv_scale, whether or not they take part."""
         return {group.device: group.inv_scale for group in self.groups}
@@ -430,6 +445,7 @@ class _Attachment:
                 )
             _check_param(name, param, self.requested_backend)
         self.window.before_move()
+        backwards = self.backwards()
         groups = self.make_groups(params)
 
         if self.fused is not None:
@@ -451,7 +467,7 @@ class _Attachment:
         for group, index, _, param in self.members():
             total, micro_batches = sums[param]
             if total is not None:
-                group.hooks.load(index, total.detach().to_dense(), micro_batches)
+                group.hooks.load(index, total.detach().to_dense(), micro_batches, backwards)
         self.window.move(groups[0].device)
 
     def release(self, group: _Group, index: int, name: str, param: Tensor) -> None:
@@ -793,7 +809,7 @@ def attach(
         distributed.check_reduced_once(params.values())
         for name, param in params.items():
             sharded.check_replicas(param, name, process_group)
-        reduction.check_alike(params, (float(scale), nonfinite))
+        reduction.check_alike(params, {"scale": float(scale), "nonfinite": nonfinite})
         reduction.choose(next(iter(params.values())).device)
     optimizers.watch(_is_covered, _why_pending, _end_windows)
     n_frozen = len(named) - len(params)

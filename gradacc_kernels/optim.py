@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from gradacc_kernels import buffer, sharded
-from gradacc_kernels.hook import PARAM_DTYPES
+from gradacc_kernels.hook import PARAM_DTYPES, is_of_one_rank
 from gradacc_kernels.optimizers import HALVES
 from gradacc_kernels.shards import shards_of
 
@@ -102,12 +103,12 @@ class MasterParams(torch.optim.Optimizer):
         self._masters: dict[Tensor, torch.nn.Parameter] = {}
         self._lows: dict[Tensor, Tensor] = {}
         self._shards = shards_of(zero, process_group)
+        self._has_looked = False
         super().__init__(_listed(params), {})
         groups = self.param_groups
         if self._shards is not None:
-            self._shards.share_out(
-                [group["params"] for group in groups], (optimizer_class.__qualname__, low_bits)
-            )
+            alike = {"optimizer_class": optimizer_class.__qualname__, "low_bits": low_bits}
+            self._shards.share_out([group["params"] for group in groups], alike)
         self._make_masters(self._every_param())
         self.inner = optimizer_class(
             [{**group, "params": self._inner_params(group)} for group in groups], **options
@@ -142,6 +143,7 @@ class MasterParams(torch.optim.Optimizer):
                 loss = closure()
             closure = None
         self._follow()
+        self._warn_of_one_rank()
         self._push_state()
         try:
             with self._amp_attributes():
@@ -151,6 +153,19 @@ class MasterParams(torch.optim.Optimizer):
             self._pull(param for param in every if param.grad is not None)
         self._exchange()
         return result if loss is None else loss
+
+    def _warn_of_one_rank(self) -> None:
+        if self._shards is None or self._has_looked:
+            return
+        self._has_looked = True
+        params = list(self._every_param(of_all_ranks=True))
+        if self._shards.world_size > 1 and any(map(is_of_one_rank, params)):
+            warnings.warn(
+                "MasterParams: with zero=True each parameter is stepped on one rank, and attach "
+                "was called without process_group, so by the gradients of that rank alone, unless "
+                "you average them: attach(model, process_group=torch.distributed.group.WORLD)",
+                stacklevel=3,
+            )
 
     def _step_masters(self, closure: Callable[[], Any] | None) -> Any:
         masters = self._masters
@@ -283,7 +298,7 @@ class MasterParams(torch.optim.Optimizer):
             if self.inner is None:
                 return
             if self._shards is not None:
-                self._shards.share_out([group["params"]], ())
+                self._shards.share_out([group["params"]], {})
             self._make_masters(group["params"])
             self.inner.add_param_group({**group, "params": self._inner_params(group)})
         except Exception:

@@ -455,8 +455,8 @@ class PythonHooks:
         with self._lock:
             self._held = []
 
-    def load(self, index: int, total: Tensor | None, micro_batches: int) -> None:
-        """Makes a window one that has summed this, or None, in so many micro-batches."""
+    def load(self, index: int, total: Tensor | None, micro_batches: int, backwards: int) -> None:
+        """Makes a window one that has summed this, or None, in so many of its backwards."""
         param = self._params[index]
         with self._lock:
             if total is None:
@@ -465,7 +465,7 @@ class PythonHooks:
                 with torch.no_grad():
                     param.main.copy_(total)
                 self._show(param)
-            self._tally = (self._tally[0] + 1, 0, 0)
+            self._tally = (self._tally[0] + 1, backwards, 0)
             param.statistics_version = None
             param.micro_batches = micro_batches
             param.window = self._window
@@ -740,8 +740,9 @@ class PythonHooks:
         if self._buckets.has_begun:
             raise RuntimeError(
                 "gradacc_kernels: an earlier backward has begun to reduce its gradients over the "
-                "ranks and did not end, so what the ranks hold differs: restart the processes from "
-                "a checkpoint"
+                "ranks, and it did not end, or a micro_batch() has several backwards, of which all "
+                "but the last one have to run inside of no_sync(). What the ranks hold differs: "
+                "restart the processes from a checkpoint"
             )
         self._is_reduced = False
         self._is_reducing = self._wants_reduction and self._tally[1] % self._reduce_every == 0

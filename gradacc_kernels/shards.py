@@ -39,7 +39,12 @@ class Shards:
         self._elements = [0] * dist.get_world_size(process_group)
         self._owners: dict[Tensor, int] = {}
 
-    def share_out(self, groups: Sequence[Sequence[Tensor]], options: Sequence[Any]) -> None:
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return len(self._elements)
+
+    def share_out(self, groups: Sequence[Sequence[Tensor]], options: dict[str, Any]) -> None:
         """Gives every parameter that has no owner one: the same on every rank.
 
         Args:

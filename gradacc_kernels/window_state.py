@@ -7,6 +7,7 @@
                            which the sums are to be divided, -1 without weights, -2 where they
                            were divided; 1 where a micro-batch was dropped, else 0; the number of
                            the first that was not finite, 0 for none
+``backwards``              int64: how many it has had, of attach's ``steps``
 ``micro_batches.<name>``   int64, of every covered parameter: how many backwards have added to it;
                            -1 where its ``.grad`` is None
 ``main_grad.<name>``       its sum so far, in the dtype of its main gradient; absent with -1
@@ -25,7 +26,7 @@ from torch import Tensor
 from gradacc_kernels import sharded
 from gradacc_kernels.window import AVERAGED, UNWEIGHTED
 
-FORMAT = 2
+FORMAT = 3
 NOT_BEGUN = -1
 _COUNT, _SUM = "micro_batches.", "main_grad."
 
@@ -41,6 +42,7 @@ def save(attachment: Any) -> dict[str, Tensor]:
         "format": torch.tensor(FORMAT),
         "scale": torch.tensor(attachment.scale, dtype=torch.float64),
         "window": attachment.window.state(),
+        "backwards": torch.tensor(attachment.backwards()),
     }
     for group, index, name, _ in attachment.members():
         total = group.hooks.current(index)
@@ -60,9 +62,10 @@ def load(attachment: Any, state: Mapping[str, Tensor]) -> None:
     """
     attachment.window.check_closed("load_state_dict")
     _check(attachment, state)
+    backwards = int(state["backwards"])
     for group, index, name, _ in attachment.members():
-        total = state.get(_SUM + name)
-        group.hooks.load(index, total, max(0, int(state[_COUNT + name])))
+        count = max(0, int(state[_COUNT + name]))
+        group.hooks.load(index, state.get(_SUM + name), count, backwards)
     attachment.window.load(state["window"])
 
 
@@ -89,12 +92,14 @@ def _check(attachment: Any, state: Mapping[str, Tensor]) -> None:
             f"{attachment.scale}: attach with scale={scale}"
         )
     _check_window(state)
+    backwards = _number(state, "backwards")
+    if not (backwards >= 0 and float(backwards).is_integer()):
+        raise ValueError(f"load_state_dict: a window cannot have had {backwards:g} backwards")
     members = {name: group for group, _, name, _ in attachment.members()}
     missing = [name for name in members if _COUNT + name not in state]
     known = {prefix + name for prefix in (_COUNT, _SUM) for name in members}
-    unknown = [
-        key for key in state if key not in known and key not in ("format", "scale", "window")
-    ]
+    known |= {"format", "scale", "window", "backwards"}
+    unknown = [key for key in state if key not in known]
     if missing or unknown:
         raise ValueError(
             "load_state_dict: the state is of other parameters, or incomplete"

@@ -492,7 +492,7 @@ def hooks_of_others_see_their_own_sum(ranks):
 @case
 def checkpoints(ranks):
     for backend in ranks.backends:
-        for is_reentrant, steps in itertools.product((False, True), (None, 2)):
+        for is_reentrant, steps in itertools.product((False, True), (None, 3)):
             model = ranks.model(torch.float32)
             stock = copy.deepcopy(model)
             accumulator = gk.attach(
@@ -504,7 +504,7 @@ def checkpoints(ranks):
                 x = checkpoint(model[1:3], x, use_reentrant=is_reentrant)
                 return model[3](x).square().sum()
 
-            for x in ranks.batches(2, dtype=torch.float32):
+            for x in ranks.batches(3, dtype=torch.float32):
                 x.requires_grad_()
                 loss(model, x).backward()
                 loss(stock, x).backward()
@@ -717,8 +717,9 @@ def a_window_that_was_saved_goes_on(ranks):
             backward(model, first)
         saved = accumulator.state_dict()
         resumed = ranks.model()
-        other = gk.attach(resumed, backend=backend, process_group=ranks.group)
+        other = gk.attach(resumed, backend=backend, process_group=ranks.group, steps=2)
         other.load_state_dict(saved)
+        other.refresh()
         backward(resumed, last)
         assert_reduced(ranks, resumed, expected)
         backward(model, last)

@@ -110,9 +110,10 @@ def test_what_has_begun_is_remembered(hook):
     params[1].grad = torch.ones(2, device=device)  # the user's, before any micro-batch
     state = accumulator.state_dict()
     assert {key: value.tolist() for key, value in state.items()} == {
-        "format": 2,
+        "format": 3,
         "scale": 1.0,
         "window": [-1.0, 0.0, 0.0],
+        "backwards": 2,
         "micro_batches.0": 2,
         "main_grad.0": [3.0, 3.0],
         "micro_batches.1": 0,

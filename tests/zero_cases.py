@@ -2,11 +2,12 @@
 
 import contextlib
 import copy
+import warnings
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from hook_cases import parameter
+from hook_cases import mlp, parameter
 from rank_cases import case, main
 from test_master_params import Counting, Swapping, assert_same, same, storage_bytes
 from torch import optim
@@ -532,6 +533,23 @@ def parts_and_whole_states_are_told_apart(ranks):
 
 
 @case
+def gradients_of_one_rank_are_warned_of(ranks):
+    for process_group in (None, ranks.group):
+        model = mlp(ranks.device, torch.float32)
+        accumulator = gk.attach(model, process_group=process_group)
+        optimizer = gk.MasterParams(model.parameters(), optim.SGD, lr=0.1, zero=True)
+        for window in range(2):
+            model(torch.ones(2, 16, device=ranks.device)).sum().backward()
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                optimizer.step()
+            optimizer.zero_grad()
+            warned = [w for w in said if "of that rank alone" in str(w.message)]
+            assert len(warned) == (process_group is None and window == 0)
+        accumulator.detach()
+
+
+@case
 def no_bad_argument_is_taken(ranks):
     params = parameters(ranks.device)
     single = dist.new_group([0])
@@ -545,10 +563,16 @@ def no_bad_argument_is_taken(ranks):
         (params, optim.SGD, {"zero": 1}, TypeError, "zero must be True or False, got 1"),
         (params, optim.SGD, {"process_group": ranks.group}, ValueError, "pass zero=True too"),
         (params, optim.SGD, {"zero": True, "process_group": 3}, TypeError, "that this rank is in"),
-        (other, optim.SGD, {"zero": True}, ValueError, "have different parameters: rank"),
+        (
+            other,
+            optim.SGD,
+            {"zero": True},
+            ValueError,
+            "different parameters or options: parameter",
+        ),
         (transposed, optim.SGD, {"zero": True}, ValueError, r"strides (1, 3)"),
-        (params, odd_class, {"zero": True}, ValueError, "options ['SGD'"),
-        (params, optim.SGD, {"zero": True, "low_bits": is_odd}, ValueError, "True]"),
+        (params, odd_class, {"zero": True}, ValueError, "option optimizer_class = "),
+        (params, optim.SGD, {"zero": True, "low_bits": is_odd}, ValueError, "option low_bits = "),
     ]
     if ranks.rank:
         options = {"zero": True, "process_group": single}

@@ -512,8 +512,9 @@ void GradHooks::begin_reduction() {
   if (!buckets_ || !reducing_backward_.expired()) return;
   TORCH_CHECK(!buckets_->has_begun(),
               "gradacc_kernels: an earlier backward has begun to reduce its gradients over the "
-              "ranks and did not end, so what the ranks hold differs: restart the processes from a "
-              "checkpoint");
+              "ranks, and it did not end, or a micro_batch() has several backwards, of which all "
+              "but the last one have to run inside of no_sync(). What the ranks hold differs: "
+              "restart the processes from a checkpoint");
   is_reduced_ = false;
   is_reducing_ = wants_reduction_ && tally_.backwards % reduce_every_ == 0;
 }
@@ -630,7 +631,8 @@ void GradHooks::drop_held() {
     for (const Entry& entry : held.entries) retired_.push_back(entry.grad);
 }
 
-void GradHooks::load(int64_t index, const std::optional<at::Tensor>& sum, int64_t micro_batches) {
+void GradHooks::load(int64_t index, const std::optional<at::Tensor>& sum, int64_t micro_batches,
+                     int64_t backwards) {
   const Lock lock(*this);
   Param& param = params_.at(index);
   if (sum) {
@@ -640,7 +642,7 @@ void GradHooks::load(int64_t index, const std::optional<at::Tensor>& sum, int64_
   } else {
     retired_.push_back(std::exchange(param.variable.mutable_grad(), {}));
   }
-  tally_ = {tally_.window + 1, 0, 0};
+  tally_ = {tally_.window + 1, backwards, 0};
   param.statistics_version.reset();
   param.micro_batches = micro_batches;
   param.window = window_;

@@ -128,7 +128,8 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   // Whether the backwards that follow are those of a micro-batch with a weight.
   void weigh(bool is_weighted);
   // Makes the window one that has summed this, or none, in so many micro-batches.
-  void load(int64_t index, const std::optional<at::Tensor>& sum, int64_t micro_batches);
+  void load(int64_t index, const std::optional<at::Tensor>& sum, int64_t micro_batches,
+            int64_t backwards);
 
   // Has every backward that had a gradient for us call this at its end.
   void call_at_end(std::function<void()> call);
