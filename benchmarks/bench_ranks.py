@@ -290,7 +290,6 @@ def blocks(plan: Plan, sections: Sequence[str]) -> list[tuple[str, Way, int, Seq
     for reduce_by in plan.reduced_by:
         others: list[tuple[str, dict]] = [("", {}), ("no embedding", {"embeds": False})]
         if reduce_by == "copies":
-            others += [("barriers that spin", {"spins": True})]
             others += [("untouched rows too", {"is_whole": True})]
         else:
             limits = plan.thread_blocks

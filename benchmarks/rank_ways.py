@@ -97,7 +97,6 @@ class Attached(Loop):
         options: of attach.
         max_ctas: thread blocks that NCCL may use, each of which keeps an SM from backward.
         embeds: whether the input embedding is trained, whose gradient comes last.
-        spins: whether barriers of copies are kernels that spin.
         is_whole: whether copies bring the last bucket too, with rows that were not touched.
     """
 
@@ -107,7 +106,6 @@ class Attached(Loop):
         *args,
         max_ctas: int | None = None,
         embeds: bool = True,
-        spins: bool = False,
         is_whole: bool = False,
         **options,
     ):
@@ -115,8 +113,6 @@ class Attached(Loop):
         model.embedding.requires_grad_(embeds)
         group = dist.group.WORLD if max_ctas is None else limited_group(max_ctas)
         self.accumulator = gk.attach(model, process_group=group, **options)
-        if spins:
-            self.reducer._signal = None
         if is_whole:
             self.reducer._touched = None
 

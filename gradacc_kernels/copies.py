@@ -11,8 +11,9 @@ The last bucket holds the first parameters, whose gradients come when nothing of
 hide behind: as a rule an embedding, of which a window has touched a few rows. Kernels read it, and
 leave out the chunks in which all ranks have zeros.
 
-Memory that others can read is that of torch.distributed's symmetric memory. The main gradients lie
-in it. Bytes on the links are those of an all-reduce, 2 (R - 1) / R times 4, an element and rank.
+Memory that others can read, and barriers on the GPU, are those of torch.distributed's symmetric
+memory. The main gradients lie in it. Bytes on the links are those of an all-reduce,
+2 (R - 1) / R times 4, an element and rank.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradacc_kernels import dispatch, signals
+from gradacc_kernels import dispatch
 from gradacc_kernels.reducer import Reducer
 
 SCRATCH_BYTES = 128 << 20  # for what was read and not added yet
@@ -60,11 +61,6 @@ class CopyReducer(Reducer):
         self._flat = flat
         self._memory = rendezvous(flat, process_group)
         self._rank = self._memory.rank
-        self._signal = None
-        if flat.is_cuda:
-            flags = allocate(self.world_size, torch.int32, flat.device)
-            torch.cuda.synchronize(flat.device)  # they are zeros before another rank writes
-            self._signal = signals.StreamBarrier(flags, rendezvous(flags, process_group))
         self._peers = [(self._rank + i) % self.world_size for i in range(1, self.world_size)]
         n_peers = max(1, len(self._peers))
         longest = max(end - begin for bounds in self._bounds for begin, end in self._parts(*bounds))
@@ -134,27 +130,7 @@ class CopyReducer(Reducer):
         self._barrier()  # no rank reads any more what the next window writes
 
     def _barrier(self) -> None:
-        # A stream's own waits count, and a graph that is replayed would not.
-        if self._signal is None or torch.cuda.is_current_stream_capturing():
-            self._memory.barrier(0, int(self._timeout * 1000))
-        else:
-            self._signal()
-
-    def _end_wait(self) -> Callable[[str], None] | None:
-        # Nothing but an error ends a stream's wait. What that takes is there before it is needed.
-        device = self._travelling[0].device
-        if device.type != "cuda":
-            return None
-        holds, stream = torch.ones(1, device=device), torch.cuda.Stream(device)
-        torch._assert_async(holds, "")
-        fails = torch.zeros_like(holds)
-        torch.cuda.synchronize(device)
-
-        def end(failure: str) -> None:
-            with torch.cuda.stream(stream):
-                torch._assert_async(fails, failure)
-
-        return end
+        self._memory.barrier(0, int(self._timeout * 1000))
 
 
 class Touched:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,9 +53,8 @@ class Reducer:
         self._under_way: list[tuple[int, Any]] = []
         self._timeout = stalls.timeout_of(process_group, flat.device)
         self._watch: stalls.Watch | None = None
-        end_wait = self._end_wait()
-        if self._averages or end_wait is not None:
-            self._watch = stalls.Watch(process_group, self._timeout, end_wait)
+        if self._averages:
+            self._watch = stalls.Watch(process_group, self._timeout)
         self.lockstep: Lockstep
         self.has_reduced = False
         self.windows = 0
@@ -100,10 +99,6 @@ class Reducer:
             self._watched(work, None)
         self.lockstep.check()
         return means
-
-    def _end_wait(self) -> Callable[[str], None] | None:
-        """Returns what ends a wait for a rank that is gone; None: torch.distributed does."""
-        return None
 
     def _begin(self, bucket: int) -> Any:
         """Begins to reduce a bucket; returns what can be waited for, as a dist.Work."""

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -134,23 +134,16 @@ class Watch:
     Args:
         process_group: whose ranks wait for each other.
         timeout: seconds, of the process group.
-        end: ends the wait, by an error, once it was told; None where NCCL's watchdog does.
 
     Attributes:
         failure: the error that was logged; None before.
         tells_after: seconds.
     """
 
-    def __init__(
-        self,
-        process_group: dist.ProcessGroup,
-        timeout: float,
-        end: Callable[[str], None] | None = None,
-    ):
+    def __init__(self, process_group: dist.ProcessGroup, timeout: float):
         self.failure: str | None = None
         self.tells_after = timeout - min(MARGIN, timeout / 2)
         self._process_group = process_group
-        self._end = end
         self._under_way: deque[_UnderWay] = deque()
         self._said: _UnderWay | None = None
         self._lock = threading.Lock()
@@ -228,8 +221,6 @@ class Watch:
             "checkpoint"
         )
         _log.error(self.failure)
-        if self._end is not None:
-            self._end(self.failure)
 
 
 def _run(alive: weakref.ref[Watch]) -> None:

@@ -731,9 +731,10 @@ def a_window_that_was_saved_goes_on(ranks):
 
 @case
 def attachments_in_another_order_are_told_on_all(ranks):
-    """They have buckets of one size, so nothing else would tell."""
+    """They have buckets of one size, so nothing else would tell. By copies they would wait."""
     models = [ranks.model(torch.float32) for _ in range(2)]
-    accumulators = [gk.attach(model, process_group=ranks.group) for model in models]
+    options = {"process_group": ranks.group, "reduce_by": "all_reduce"}
+    accumulators = [gk.attach(model, **options) for model in models]
 
     def windows():
         for _ in range(2):
