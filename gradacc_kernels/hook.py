@@ -62,6 +62,8 @@ class _MainGrad:
         if group is None:
             raise AttributeError(f"'{owner.__name__}' object has no attribute 'main_grad'")
         total = group.hooks.current(index)
+        if total is None and group.names[index] in group.owner().written_by_modules:
+            group.hooks.begin(index)  # what reads it adds to it
         if total is not None and not param.grad.requires_grad:
             # Another tensor may be in `.grad`, as a bucket view of DistributedDataParallel.
             if total.data_ptr() != group.buffer.views[index].data_ptr():
@@ -229,6 +231,7 @@ class _Attachment:
         self.handles: list[Any] = []
         self.groups: list[_Group] = []
         self.uses_inv_scale = False
+        self.written_by_modules: dict[str, bool] = {}  # see integrations/megatron.py
         self.lock = threading.RLock()
         # Parameters whose grad_dtype had to be changed: what it was, and the dtype it was that of.
         self.grad_dtypes: dict[str, tuple[torch.dtype | None, torch.dtype]] = {}
