@@ -62,8 +62,10 @@ class _MainGrad:
         if group is None:
             raise AttributeError(f"'{owner.__name__}' object has no attribute 'main_grad'")
         total = group.hooks.current(index)
-        if total is None and group.names[index] in group.owner().written_by_modules:
-            group.hooks.begin(index)  # what reads it adds to it
+        have_added, name = group.owner().written_by_modules, group.names[index]
+        if total is None and name in have_added:
+            group.hooks.begin(index)  # who reads it adds to it
+            have_added[name] = False
         if total is not None and not param.grad.requires_grad:
             # Another tensor may be in `.grad`, as a bucket view of DistributedDataParallel.
             if total.data_ptr() != group.buffer.views[index].data_ptr():
