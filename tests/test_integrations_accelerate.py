@@ -4,7 +4,9 @@ from functools import partial
 
 import pytest
 import torch
+from hook_cases import needs_extension
 from loop_cases import STEPS, ULPS, K, check_same_training, check_window, importorskip, run, stock
+from test_ranks import assert_passed, names, runs
 from test_real_loops_hugging_face import BATCH, bfloat16, examples, fresh_accelerator, llama  # noqa: F401
 
 import gradacc_kernels as gk
@@ -189,3 +191,11 @@ def test_what_is_refused():
     accelerator.state.distributed_type = gk.integrations.accelerate.SUMS_BY_ITSELF[0]
     with pytest.raises(ValueError, match="DEEPSPEED sums gradients by itself"):
         prepare(accelerator, model, optimizer)
+
+
+@needs_extension
+@pytest.mark.parametrize("name", names("accelerate_cases.py"))
+@runs("accelerate_cases.py", (2, "cpu"))
+def test_ranks(ranks, name):
+    importorskip("accelerate")
+    assert_passed(ranks, name)

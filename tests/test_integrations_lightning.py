@@ -60,6 +60,7 @@ def train(
     *,
     precision="32-true",
     clip=1.0,
+    algorithm=None,
     steps=STEPS,
     accumulates=K,
     callbacks=(),
@@ -81,6 +82,7 @@ def train(
         plugins=list(plugins) or None,
         accumulate_grad_batches=accumulates,
         gradient_clip_val=clip,
+        gradient_clip_algorithm=algorithm,
         max_steps=steps,
         callbacks=callbacks,
         logger=False,
@@ -167,12 +169,7 @@ def test_clipping_and_logs(clip, monkeypatch):
 
 
 def test_clipping_by_value_is_that_of_lightning():
-    importorskip("lightning.pytorch")
-
-    def by_value(trainer, module):
-        trainer.gradient_clip_algorithm = type(trainer.gradient_clip_algorithm or "")("value")
-
-    loop = partial(train, clip=1e-3, callbacks=[observer("on_train_start", by_value)])
+    loop = partial(train, clip=1e-3, algorithm="value")
     check_same_training(partial(calls_layers, sgd), loop, "auto")
 
 
@@ -212,7 +209,9 @@ def test_loss_scale(overflows):
 
 
 def test_manual_optimization_is_left_alone():
-    theirs, _ = run(manual(), partial(train, clip=None, accumulates=1, precision="bf16-true"), stock)
+    theirs, _ = run(
+        manual(), partial(train, clip=None, accumulates=1, precision="bf16-true"), stock
+    )
     ours, _ = run(manual(), partial(train, clip=None, accumulates=1, precision="bf16-true"), None)
     assert ours.callback.accumulator is None and ours.dtypes == {torch.bfloat16}
     assert all(map(torch.equal, ours.parameters(), theirs.parameters()))

@@ -190,7 +190,7 @@ def test_steps_closed_by_the_accumulator(hook):
     stock = stock_of(model)
     accumulator = megatron.attach(model, backend=backend)
     ours, theirs = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, stock))
-    for window in range(2):
+    for _ in range(2):
         for x in batches(device):
             for each in (model, stock):
                 loss_of(each, x).backward()

@@ -27,9 +27,8 @@ def examples():
     """Two windows, and one of a single micro-batch; of each row other tokens are to be learnt."""
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(VOCABULARY, (BATCH * (2 * K + 1), CONTEXT), generator=generator)
-    labels = ids.clone()
-    for row, count in zip(labels, torch.randint(CONTEXT - 2, (len(ids),), generator=generator)):
-        row[:count] = -100
+    ignored = torch.randint(CONTEXT - 2, (len(ids), 1), generator=generator)
+    labels = ids.where(torch.arange(CONTEXT) >= ignored, -100)
     return [{"input_ids": i, "labels": row} for i, row in zip(ids, labels, strict=True)]
 
 

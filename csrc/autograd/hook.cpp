@@ -337,8 +337,7 @@ bool GradHooks::added(int64_t index, bool drops) {
 
 bool GradHooks::is_dropped(const Param& param) {
   const Lock lock(*this);
-  return param.dropped_task >= 0 &&
-         param.dropped_task == autograd::get_current_graph_task_id();
+  return param.dropped_task >= 0 && param.dropped_task == autograd::get_current_graph_task_id();
 }
 
 void GradHooks::invalidate() {

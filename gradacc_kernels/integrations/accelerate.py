@@ -1,8 +1,8 @@
 """accelerate: its loop as it is, with windows that are summed, clipped and closed by us.
 
-    main += s * grad of loss / gradient_accumulation_steps      accelerator.backward(loss)
-    clip by the norm from the statistics of the pass            accelerator.clip_grad_norm_
-    step, unless a gradient is not finite                       optimizer.step()
+accelerator.backward(loss): main = main + grad of loss / gradient_accumulation_steps, in float32;
+accelerator.clip_grad_norm_: by the norm from the statistics of the pass; optimizer.step(): unless a
+gradient is not finite.
 """
 
 from __future__ import annotations
