@@ -11,6 +11,7 @@ from test_real_loops_hugging_face import BATCH, bfloat16, examples, fresh_accele
 
 import gradacc_kernels as gk
 
+sgd = partial(torch.optim.SGD, lr=0.1)
 OVERFLOW = 1  # the window whose loss overflows, where one does
 
 
@@ -24,7 +25,7 @@ def train(
     attach=None,
     *,
     precision="no",
-    make=partial(torch.optim.SGD, lr=0.1),
+    make=sgd,
     scaler=None,
     clip=1.0,
     steps=STEPS,
@@ -98,7 +99,7 @@ def test_window_of_16_bit_parameters(fuse):
 @pytest.mark.parametrize("optimizer", ["sgd", "fused-adamw"])
 def test_loss_scale(overflows, optimizer):
     """A scaler of ours takes over, and gives back: the same scales, skips and parameters."""
-    make, clip, ulps = partial(torch.optim.SGD, lr=0.1), 1.0, ULPS
+    make, clip, ulps = sgd, 1.0, ULPS
     if optimizer == "fused-adamw":  # which skips in its kernel; nothing is clipped: equal bits
         make, clip, ulps = partial(torch.optim.AdamW, lr=1e-2, fused=True), 1e9, 0
 

@@ -209,10 +209,9 @@ def test_loss_scale(overflows):
 
 
 def test_manual_optimization_is_left_alone():
-    theirs, _ = run(
-        manual(), partial(train, clip=None, accumulates=1, precision="bf16-true"), stock
-    )
-    ours, _ = run(manual(), partial(train, clip=None, accumulates=1, precision="bf16-true"), None)
+    loop = partial(train, clip=None, accumulates=1, precision="bf16-true")
+    theirs, _ = run(manual(), loop, stock)
+    ours, _ = run(manual(), loop, None)
     assert ours.callback.accumulator is None and ours.dtypes == {torch.bfloat16}
     assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
 

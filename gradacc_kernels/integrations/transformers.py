@@ -78,6 +78,10 @@ class GradAccCallback(TrainerCallback):
         if self._trainer is not None:
             accelerator = self._trainer.accelerator
             callbacks = self._trainer.callback_handler.callbacks
+            if self not in callbacks:
+                raise ValueError(
+                    "GradAccCallback: it was given one Trainer and added to another: make one each"
+                )
             callbacks.insert(0, callbacks.pop(callbacks.index(self)))  # before those that report
         self._prepared = Prepared(accelerator, model, (optimizer,), options)
         self.accumulator = self._prepared.accumulator
