@@ -318,3 +318,27 @@ def test_what_modules_would_not_follow_is_refused(options, message):
 def test_a_list_is_refused():
     with pytest.raises(TypeError, match="expected a module, got list"):
         megatron.attach(list(model_of("cpu").parameters()))
+
+
+@pytest.mark.parametrize("reads", ["forward", "backward"])
+def test_windows_that_a_process_group_reduces(tmp_path, reads):
+    """The dummy gradient's arrival is what has a bucket reduced: by then the module has added."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = model_of("cpu", reads=reads)
+        stock = stock_of(model)
+        group = torch.distributed.group.WORLD
+        accumulator = megatron.attach(model, process_group=group, steps=K)
+        ours, theirs = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, stock))
+        for _ in range(2):
+            for x in batches("cpu"):
+                for each in (model, stock):
+                    loss_of(each, x).backward()
+            assert accumulator._attachment.is_reduced()
+            check_close(model, stock)
+            for optimizer in (ours, theirs):
+                optimizer.step()
+                optimizer.zero_grad()
+        accumulator.detach()
+    finally:
+        torch.distributed.destroy_process_group()
