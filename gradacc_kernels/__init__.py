@@ -4,7 +4,21 @@ from gradacc_kernels import ops
 from gradacc_kernels.accumulator import Accumulator
 from gradacc_kernels.amp import GradScaler
 from gradacc_kernels.hook import attach
+from gradacc_kernels.monitor import Monitor
 from gradacc_kernels.optim import MasterParams
+from gradacc_kernels.sinks import JsonLines, Live, TensorBoard
+from gradacc_kernels.stats import Stats
 
 __version__ = "0.1.0"
-__all__ = ["Accumulator", "GradScaler", "MasterParams", "attach", "ops"]
+__all__ = [
+    "Accumulator",
+    "GradScaler",
+    "JsonLines",
+    "Live",
+    "MasterParams",
+    "Monitor",
+    "Stats",
+    "TensorBoard",
+    "attach",
+    "ops",
+]
