@@ -70,7 +70,7 @@ class Monitor:
             as :meth:`Accumulator.grad_norm` does. False reads its gradients: 4 bytes an element.
             Other closes have their norms already.
         all_ranks: write on every rank of torch.distributed, in place of the first alone. Every
-            rank makes a Monitor in either case: where parameters are DTensors, norms are collectives.
+            rank makes a Monitor in either case: of DTensors, norms are collectives.
 
     Raises:
         TypeError: no Accumulator, or a sink that is none.

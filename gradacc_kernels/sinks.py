@@ -1,7 +1,7 @@
 """Where gk.Monitor writes: JSON lines, TensorBoard, a live table in the terminal.
 
-A sink is any object with ``write(record: dict)`` and ``close()``. These open what they write to with
-the first record, so that ranks which write nothing make no files.
+A sink is any object with ``write(record: dict)`` and ``close()``. These open what they write to when
+the first record comes, so that ranks which write nothing make no files.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections import deque
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
+
+from gradacc_kernels.accumulator import human
 
 
 class Sink(Protocol):
@@ -110,7 +112,7 @@ def _items(value: Any) -> Any:
 
 
 class Live:
-    """A table of the last windows in the terminal, and the largest norms of the last one.
+    """A table of the last windows in the terminal; below it, norms and bytes of the last one.
 
     Args:
         rows: how many windows it shows.
@@ -127,7 +129,8 @@ class Live:
             import rich  # noqa: F401
         except ImportError as error:
             raise ImportError(
-                f"Live: expected the package rich, which is not installed: pip install rich ({error})"
+                "Live: expected the package rich, which is not installed: pip install rich "
+                f"({error})"
             ) from None
         self._console = console
         self._records: deque[dict[str, Any]] = deque(maxlen=rows)
@@ -156,36 +159,49 @@ class Live:
         self._drawn = time.monotonic()
 
     def _table(self) -> Any:
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
-        last = self._records[-1]
-        # What no window of those shown has anything in is left out.
-        keys = [
-            key
-            for key in dict.fromkeys(key for record in self._records for key in record)
-            if key not in ("time", "found_inf", "nonfinite", "largest")
-            and any(record.get(key) not in (None, 0) for record in self._records)
-        ]
-        table = Table(caption=Text(_caption(last)), caption_justify="left")
+        keys = list(dict.fromkeys(key for record in self._records for key in record))
+        keys = [key for key in keys if key not in BELOW and self._has_any(key)]
+        caption = Text(_caption(self._records[-1]))
+        table = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left")
         for key in keys:
             table.add_column(key.replace("_", " "), justify="right")
         for record in self._records:
             style = "bold red" if record["found_inf"] else None
-            table.add_row(*(_cell(key, record.get(key)) for key in keys), style=style)
+            table.add_row(*(_cell(record.get(key)) for key in keys), style=style)
         return table
+
+    def _has_any(self, key: str) -> bool:
+        """Tells whether a window has anything there."""
+        return any(record.get(key) is not None for record in self._records)
+
+
+# What a table has below it, or not at all.
+BELOW = (
+    *("time", "largest", "found_inf", "nonfinite", "skipped_windows", "skipped_micro_batches"),
+    *("nbytes", "cuda_bytes", "cuda_peak_bytes"),
+)
 
 
 def _caption(record: dict[str, Any]) -> str:
     if record["nonfinite"]:
-        return "inf or NaN in " + ", ".join(record["nonfinite"])
-    largest = ", ".join(f"{name} {norm:.3g}" for name, norm in record["largest"].items())
-    return f"largest norms: {largest}" if largest else "no gradients"
+        first = "inf or NaN in " + ", ".join(record["nonfinite"])
+    else:
+        norms = (f"{name} {norm:.4g}" for name, norm in record["largest"].items())
+        first = "largest norms: " + ", ".join(norms)
+    bytes_ = f"{human(record['nbytes'])} of main gradients"
+    if "cuda_bytes" in record:
+        allocated, peak = human(record["cuda_bytes"]), human(record["cuda_peak_bytes"])
+        bytes_ += f", {allocated} on the GPU, {peak} at most"
+    skipped = f"{record['skipped_windows']} windows"
+    skipped += f" and {record['skipped_micro_batches']} micro-batches"
+    return f"{first}\nskipped so far: {skipped}; {bytes_}"
 
 
-def _cell(key: str, value: Any) -> str:
+def _cell(value: Any) -> str:
     if value is None:
         return ""
-    if "bytes" in key:
-        return f"{value / 1e9:.3g} GB" if value >= 1e9 else f"{value / 1e6:.3g} MB"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

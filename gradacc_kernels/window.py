@@ -628,7 +628,7 @@ class Window:
             self.remember(self.closing(params))
 
     def closing(self, params: Iterable[Tensor]) -> Closed:
-        """What is kept of the window as it is, which an optimizer over these parameters steps by."""
+        """What is kept of the window as it is, by which an optimizer over these steps."""
         attachment = self.attachment
         self.follow()
         tokens = None
