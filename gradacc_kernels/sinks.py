@@ -1,7 +1,7 @@
 """Where gk.Monitor writes: JSON lines, TensorBoard, a live table in the terminal.
 
-A sink is any object with ``write(record: dict)`` and ``close()``. These open what they write to when
-the first record comes, so that ranks which write nothing make no files.
+A sink is any object with ``write(record: dict)`` and ``close()``. These open
+what they write to with their first record, so that ranks which write nothing make no files.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Live:
         keys = list(dict.fromkeys(key for record in self._records for key in record))
         keys = [key for key in keys if key not in BELOW and self._has_any(key)]
         caption = Text(_caption(self._records[-1]))
-        table = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left")
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
         for key in keys:
             table.add_column(key.replace("_", " "), justify="right")
         for record in self._records:
@@ -196,8 +196,8 @@ def _caption(record: dict[str, Any]) -> str:
     if "cuda_bytes" in record:
         allocated, peak = human(record["cuda_bytes"]), human(record["cuda_peak_bytes"])
         bytes_ += f", {allocated} on the GPU, {peak} at most"
-    skipped = f"{record['skipped_windows']} windows"
-    skipped += f" and {record['skipped_micro_batches']} micro-batches"
+    skipped = f"windows {record['skipped_windows']}"
+    skipped += f", micro-batches {record['skipped_micro_batches']}"
     return f"{first}\nskipped so far: {skipped}; {bytes_}"
 
 
