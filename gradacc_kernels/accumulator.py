@@ -221,7 +221,7 @@ class Accumulator:
         """
         attachment = self._attachment
         closed = attachment.closed_window()
-        return Snapshot(attachment, closed, from_statistics=from_statistics).stats()
+        return Snapshot(attachment, closed, from_statistics=from_statistics).read()[0]
 
     # Closing a window
 

@@ -229,7 +229,7 @@ class _Writer:
 
 
 def _record(snapshot: Snapshot, known: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    stats = snapshot.stats()
+    stats, extras = snapshot.read()
     return known | {
         "norm": stats.norm,
         "largest": stats.largest(LARGEST),
@@ -242,7 +242,7 @@ def _record(snapshot: Snapshot, known: dict[str, Any], more: dict[str, Any]) -> 
         "skipped_micro_batches": stats.skipped_micro_batches,
         "nbytes": stats.nbytes,
         **more,
-        **snapshot.extras(),
+        **extras,
     }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,24 +121,18 @@ class Snapshot:
         self._copies = [_Copy(members) for members in by_device.values()]
 
     def is_here(self) -> bool:
-        """Tells whether :meth:`stats` would wait for nothing."""
+        """Tells whether :meth:`read` would wait for nothing."""
         return all(copy.is_here() for copy in self._copies)
 
-    def _read(self, kind: str) -> dict[str, float]:
-        return {
-            name: value
-            for copy in self._copies
-            for (of_kind, name), value in copy.values().items()
-            if of_kind == kind
-        }
+    def read(self) -> tuple[Stats, dict[str, float]]:
+        """Returns it, and the extras; waits until they are here."""
+        found: dict[str, dict[str, float]] = {"sum": {}, "number": {}, "extra": {}}
+        for copy in self._copies:
+            for (kind, name), value in copy.read():
+                found[kind][name] = value
+        return self._stats(found["sum"], found["number"]), found["extra"]
 
-    def extras(self) -> dict[str, float]:
-        """Returns what travelled with it; waits until it is here."""
-        return self._read("extra")
-
-    def stats(self) -> Stats:
-        """Returns it; waits until it is here."""
-        sums, numbers = self._read("sum"), self._read("number")
+    def _stats(self, sums: dict[str, float], numbers: dict[str, float]) -> Stats:
         divisor = numbers.get("divisor", 1.0)
         nonfinite = tuple(name for name, value in sums.items() if math.isnan(value))
         inv_scale = numbers["inv_scale"]
@@ -177,8 +171,8 @@ class _Copy:
         """Tells whether the copy has ended."""
         return self._event is None or self._event.query()
 
-    def values(self) -> dict[tuple[str, str], float]:
-        """Returns the numbers by their keys; waits for them."""
+    def read(self) -> Iterable[tuple[tuple[str, str], float]]:
+        """Returns kinds and names with their numbers; waits for them."""
         if self._event is not None:
             self._event.synchronize()
-        return dict(zip(self._keys, self._host.tolist(), strict=True))
+        return zip(self._keys, self._host.tolist(), strict=True)
