@@ -5,8 +5,8 @@
 
 Parameters, activations and gradients are float16. Losses are multiplied by the loss scale of
 gk.GradScaler, gradients are divided by it as they are added to the float32 sums, and a window with
-an overflow is skipped. gk.MasterParams steps float32 masters. The first loss scale is too large, to
-show an overflow and its end: print(window) says which parameters overflowed first.
+an overflow is skipped. gk.MasterParams steps float32 masters. The first loss scale is too large:
+windows are skipped until it fits, and the first parameters that overflowed are printed.
 """
 
 import argparse

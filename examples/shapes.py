@@ -9,7 +9,7 @@ NAMES = ("circle", "square", "triangle", "ring", "cross")
 
 
 def draw(count: int, size: int, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
-    """Draws shapes of random place, size, angle and colour on grounds of another colour, with noise.
+    """Draws shapes of random place, size, angle and colour, on another colour, with noise.
 
     Returns:
         Images [count, 3, size, size] of about -1 to 1, and the numbers of their NAMES.
