@@ -1,6 +1,7 @@
 """``python -m gradacc_kernels``: what is installed, and whether the kernels work on this GPU.
 
 ``python -m gradacc_kernels tune`` measures which weight gradient kernel is fastest: see tune.py.
+``python -m gradacc_kernels report run.jsonl`` writes a page about a run: see report.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 import gradacc_kernels
-from gradacc_kernels import dispatch, ops, tune
+from gradacc_kernels import dispatch, ops, report, tune
 
 CHECKED = (1 << 20) + 5  # elements compared with the reference backend
 TIMED = 1 << 27  # elements timed: 0.8 GB of main and grad, well past any L2
@@ -162,6 +163,8 @@ def main() -> int:
     """Runs the command; returns 1 when a kernel gives a wrong result."""
     if sys.argv[1:2] == ["tune"]:
         return tune.main(dispatch.extension(), sys.argv[2:])
+    if sys.argv[1:2] == ["report"]:
+        return report.main(sys.argv[2:])
     if len(sys.argv) > 1:
         print(__doc__)
         return 0 if sys.argv[1] in ("-h", "--help") else 2
