@@ -1,17 +1,19 @@
 """Trains a small UNet to take noise out of pictures, as diffusion models do, in float16.
 
-    python examples/denoise_images.py              # about a minute on two CPU cores
+    python examples/denoise_images.py              # one to two minutes on a CPU core
     python examples/denoise_images.py --quick      # a few seconds
 
 Parameters, activations and gradients are float16. Losses are multiplied by the loss scale of
 gk.GradScaler, gradients are divided by it as they are added to the float32 sums, and a window with
 an overflow is skipped. gk.MasterParams steps float32 masters. The first loss scale is too large:
-windows are skipped until it fits, and the first parameters that overflowed are printed.
+windows are skipped until it fits. --record run.jsonl writes what each window was, of which
+`python -m gradacc_kernels report run.jsonl` makes a page.
 """
 
 import argparse
 import math
 import time
+from pathlib import Path
 
 import shapes
 import torch
@@ -74,11 +76,12 @@ def parse_arguments() -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default=default)
-    parser.add_argument("--windows", type=int, default=80)
+    parser.add_argument("--windows", type=int, default=40 if default == "cpu" else 200)
     parser.add_argument("--micro-batches", type=int, default=4, help="K, in a window")
-    parser.add_argument("--images", type=int, default=16, help="in a micro-batch")
-    parser.add_argument("--size", type=int, default=24, help="of an image, a multiple of 4")
-    parser.add_argument("--width", type=int, default=32, help="channels of the UNet's first level")
+    parser.add_argument("--images", type=int, default=8, help="in a micro-batch")
+    parser.add_argument("--size", type=int, default=16, help="of an image, a multiple of 4")
+    parser.add_argument("--width", type=int, default=16, help="channels of the UNet's first level")
+    parser.add_argument("--record", type=Path, help="JSON lines, one a window")
     parser.add_argument("--quick", action="store_true", help="8 windows of a small UNet")
     options = parser.parse_args()
     if options.quick:
@@ -96,6 +99,8 @@ def main() -> None:
     print(accumulator)
     optimizer = gk.MasterParams(model.parameters(), torch.optim.AdamW, lr=2e-3)
     scaler = gk.GradScaler(accumulator, init_scale=2.0**20, growth_interval=20)
+    sinks = [] if options.record is None else [gk.JsonLines(options.record)]
+    monitor = gk.Monitor(accumulator, sinks)
 
     def loss_of(seed: int) -> Tensor:
         images, _ = shapes.draw(options.images, options.size, device, seed)
@@ -105,25 +110,26 @@ def main() -> None:
         mixed = mixed + share.sqrt()[:, None, None, None] * added
         return F.mse_loss(model(mixed.half(), share).float(), added)
 
-    began, first = time.perf_counter(), None
+    began = time.perf_counter()
     for window in range(options.windows):
         losses = []
         for index in range(options.micro_batches):
             loss = loss_of(1 + window * options.micro_batches + index)
             scaler.scale(loss).backward()
             losses.append(loss.detach())
+        mean = torch.stack(losses).mean()
+        monitor.log(loss=mean)
         accumulator.step(optimizer, max_norm=1.0, scaler=scaler)
-        skipped = int(accumulator.counters["skipped_windows"])
-        if skipped and first is None:
-            grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-            first = [name for name, grad in grads.items() if not grad.isfinite().all()]
-            print(f"window {window:3}: overflow, in {', '.join(first[:3])} and others")
+        if window % max(1, options.windows // 6) == 0 or window == options.windows - 1:
+            stats = accumulator.stats()
+            overflow = f", overflow in {stats.nonfinite[0]}" if stats.found_inf else ""
+            print(
+                f"window {window:3}: loss {mean.item():.3f}, loss scale {stats.loss_scale:.0f}, "
+                f"skipped {stats.skipped_windows}{overflow}"
+            )
         scaler.update()
         optimizer.zero_grad()
-        if window % max(1, options.windows // 6) == 0 or window == options.windows - 1:
-            mean = torch.stack(losses).mean().item()
-            scale = scaler.get_scale()
-            print(f"window {window:3}: loss {mean:.3f}, loss scale {scale:.0f}, skipped {skipped}")
+    monitor.close()
     print(f"{options.windows} windows in {time.perf_counter() - began:.0f} s")
 
 

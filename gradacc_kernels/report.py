@@ -103,7 +103,7 @@ def _summary(records: Sequence[dict[str, Any]]) -> str:
         ("skipped micro-batches", f"{last['skipped_micro_batches']:,}"),
         ("windows with inf or NaN", f"{sum(bool(r['found_inf']) for r in records):,}"),
         ("last norm", _number(last["norm"])),
-        ("last loss scale", _number(last["loss_scale"])),
+        ("last loss scale", f"{last['loss_scale']:,.0f}"),
         ("main gradients", human(last["nbytes"])),
     ]
     if tokens:
@@ -121,7 +121,7 @@ def _overflows(records: Sequence[dict[str, Any]]) -> str:
     counts = Counter(name for r in bad for name in r["nonfinite"])
     rows = [(name, f"{count:,}") for name, count in counts.most_common(MOST_LISTED)]
     windows = [
-        (f"{r['step']:,}", _number(r["loss_scale"]), _names(r["nonfinite"]))
+        (f"{r['step']:,}", f"{r['loss_scale']:,.0f}", _names(r["nonfinite"]))
         for r in bad[:MOST_LISTED]
     ]
     shown = f", the first {MOST_LISTED}" if len(bad) > MOST_LISTED else ""
@@ -208,6 +208,8 @@ def _draw(
     positive = [v for values in series.values() for v in values if v > 0]
     if is_log and positive and max(positive) > 4 * min(positive):
         axes.set_yscale("log")
+    elif not any(v < 0 for values in series.values() for v in values):
+        axes.set_ylim(bottom=0)
     if len(series) > 1:
         axes.legend(fontsize=7)
     axes.set_title(title, fontsize=10)

@@ -43,5 +43,5 @@ def test_images_are_classified(said_by):
 
 def test_noise_is_found_after_overflows(said_by):
     said = said_by("denoise_images.py")
-    assert "overflow, in " in said
+    assert "overflow in " in said
     assert losses(said)[-1] < losses(said)[0] - 0.05
