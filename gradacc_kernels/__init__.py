@@ -3,9 +3,23 @@
 from gradacc_kernels import ops
 from gradacc_kernels.accumulator import Accumulator
 from gradacc_kernels.amp import GradScaler
+from gradacc_kernels.auto_window import AutoWindow, FollowNoise, Schedule, TokenTarget
 from gradacc_kernels.hook import attach
+from gradacc_kernels.micro_batch_size import find_micro_batch_size
 from gradacc_kernels.noise_scale import NoiseScale
 from gradacc_kernels.optim import MasterParams
 
 __version__ = "0.1.0"
-__all__ = ["Accumulator", "GradScaler", "MasterParams", "NoiseScale", "attach", "ops"]
+__all__ = [
+    "Accumulator",
+    "AutoWindow",
+    "FollowNoise",
+    "GradScaler",
+    "MasterParams",
+    "NoiseScale",
+    "Schedule",
+    "TokenTarget",
+    "attach",
+    "find_micro_batch_size",
+    "ops",
+]

@@ -398,9 +398,9 @@ class NoiseScale:
 
     def __repr__(self) -> str:
         """Tells what is sampled."""
-        count = sum(sample.before.numel() for sample in self._samples)
-        total = sum(sample.count * sample.before.shape[1] for sample in self._samples)
-        return f"NoiseScale({count:,} of {total:,} elements, smoothing {self.smoothing:g})"
+        lines = sum(len(sample.rows) for sample in self._samples)
+        total = sum(sample.count for sample in self._samples)
+        return f"NoiseScale({lines:,} of {total:,} lines, smoothing {self.smoothing:g})"
 
 
 class _Sample:
