@@ -31,8 +31,8 @@ class Progress:
         tokens: of all micro-batches so far; micro-batches without a weight count as 1.
         micro_batches: of the window so far, of each rank.
         window_tokens: of them.
-        k: micro-batches of the window; of the last one between two, 0 before the first. inf where
-            tokens end it.
+        k: micro-batches of the window, of each rank; between two windows those of the last one. 0
+            before the first, and where tokens alone end it.
         tokens_per_micro_batch: of the last window, of all ranks together; 0 before.
     """
 
@@ -40,7 +40,7 @@ class Progress:
     tokens: float = 0.0
     micro_batches: int = 0
     window_tokens: float = 0.0
-    k: float = 0
+    k: int = 0
     tokens_per_micro_batch: float = 0.0
 
 
@@ -64,6 +64,7 @@ class Schedule:
     linear: bool = False
 
     def __post_init__(self):
+        """Checks the arguments."""
         if self.unit not in UNITS:
             raise ValueError(f"Schedule: unit must be one of {UNITS}, got {self.unit!r}")
         pairs = [tuple(point) for point in self.points]
@@ -114,6 +115,7 @@ class FollowNoise:
     every: int = 10
 
     def __post_init__(self):
+        """Checks the arguments."""
         if not isinstance(self.noise_scale, NoiseScale):
             raise TypeError(
                 f"FollowNoise: expected a NoiseScale, got {type(self.noise_scale).__name__}"
@@ -139,7 +141,7 @@ class FollowNoise:
     def choose(self, progress: Progress) -> int:
         """Returns K of the window that begins."""
         least, most = self.bounds
-        k = int(progress.k) or self.start or least
+        k = progress.k or self.start or least
         k = min(max(k, least), most)
         if progress.windows == 0 or progress.windows % self.every:
             return k
@@ -168,14 +170,15 @@ class TokenTarget:
     most: int | None = None
 
     def __post_init__(self):
+        """Checks the arguments."""
         if not 0 < self.tokens < math.inf:
             raise ValueError(f"TokenTarget: tokens must be positive, got {self.tokens}")
         if self.most is not None:
             _check_k("TokenTarget", self.most)
 
-    def choose(self, progress: Progress) -> float:
-        """Returns the most K of the window that begins."""
-        return math.inf if self.most is None else self.most
+    def choose(self, progress: Progress) -> int:
+        """Returns the most K of the window that begins; 0 for no bound."""
+        return self.most or 0
 
 
 class AutoWindow:
@@ -191,11 +194,11 @@ class AutoWindow:
                 accumulator.step(optimizer)
                 optimizer.zero_grad()
 
-    With ``attach(process_group=)`` the backwards of all micro-batches but the last one are inside of
-    :meth:`Accumulator.no_sync`, so every window is reduced once, while its last backward runs (leave
-    ``attach(steps=)`` out). All ranks make an AutoWindow with the same rule, run the same number of
-    micro-batches, and go by the same K: tokens are summed over the ranks on the host, by gloo, once
-    a window, and once a micro-batch for a TokenTarget; no device is waited for.
+    With ``attach(process_group=)`` all micro-batches but the last one are inside of
+    :meth:`Accumulator.no_sync`, so that every window is reduced once, while its last backward runs.
+    All ranks make an AutoWindow with the same rule, run the same number of micro-batches, and go by
+    the same K: tokens are summed over the ranks on the host, by gloo, once a window, and once a
+    micro-batch for a TokenTarget. No device is waited for, but where FollowNoise reads.
 
     A mean over micro-batches that is made by ``attach(scale=1 / K)`` would be wrong as K changes:
     give weights, or divide the loss by :attr:`k`.
@@ -274,7 +277,7 @@ class AutoWindow:
         count = 1.0 if tokens is None else float(tokens)
         if isinstance(self.rule, TokenTarget):
             count = self._sum(count)
-        is_full = progress.micro_batches + 1 >= progress.k
+        is_full = 0 < progress.k <= progress.micro_batches + 1
         if isinstance(self.rule, TokenTarget):
             is_full = is_full or progress.window_tokens + count >= self.rule.tokens
         self._is_last = is_full
@@ -305,6 +308,14 @@ class AutoWindow:
         if self._progress.micro_batches:
             self._end()
 
+    def drop(self) -> None:
+        """Forgets the micro-batches of a window whose gradients ``zero_grad()`` has dropped.
+
+        As after an exception in the middle of it. On all ranks.
+        """
+        self._is_last = False
+        self._progress.micro_batches, self._progress.window_tokens = 0, 0.0
+
     def _end(self) -> None:
         progress = self._progress
         if not isinstance(self.rule, TokenTarget):
@@ -322,11 +333,10 @@ class AutoWindow:
         return self._is_last
 
     @property
-    def k(self) -> float:
-        """Micro-batches of this window on each rank; inf where tokens end it, 0 before the first.
+    def k(self) -> int:
+        """Micro-batches of this window, of each rank; between two windows those of the last one.
 
-        Between two windows that of the one that has ended; inside of ``micro_batch`` that of its
-        own.
+        0 before the first, and where tokens alone end it.
         """
         return self._progress.k
 
@@ -355,13 +365,13 @@ class AutoWindow:
         dist.all_reduce(total, group=self._host_group)
         return total.item()
 
-    def _same(self, k: float) -> float:
+    def _same(self, k: int) -> int:
         """What the first rank has chosen."""
         if self._host_group is None or self._noise_scale is None:
             return k
-        chosen = torch.tensor(k, dtype=torch.float64)
+        chosen = torch.tensor(k)
         dist.broadcast(chosen, dist.get_process_group_ranks(self._host_group)[0], self._host_group)
-        return int(chosen.item())
+        return chosen.item()
 
     # Saving
 

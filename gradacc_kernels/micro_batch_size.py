@@ -119,7 +119,7 @@ def find_micro_batch_size(
             f"a rank), got {start}"
         )
     if device is None:
-        device = torch.accelerator.current_accelerator() or "cpu"
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     trials: dict[int, bool] = {}
     with _Occupied(torch.device(device), margin):
         largest = _search(lambda n: _fits(fn, n, zero_grad, trials), start, most)
@@ -129,9 +129,8 @@ def find_micro_batch_size(
         largest = int(least)
     if largest == 0:
         raise RuntimeError(
-            f"find_micro_batch_size: a micro-batch of {start} does not fit with a share of {margin:g} "
-            "of the memory left free: lower start or margin, shard the model, or checkpoint its "
-            "activations"
+            f"find_micro_batch_size: a micro-batch of {start} does not fit with {margin:.0%} of the "
+            "memory left free: lower start or margin, shard the model, or checkpoint its activations"
         )
     k = 1 if whole is None else -(-whole // largest)
     small, larger = divmod(largest if whole is None else whole, k)

@@ -1,8 +1,8 @@
 """The gradient noise scale, from the micro-batches of a window.
 
-    S       = (A - N * big) / (K - 1)      trace of the covariance of a token's gradient
-    |G|^2   = big - S / N                  squared norm of the true gradient
-    B_simple = S / |G|^2                   the batch, in tokens, whose noise is as large as its signal
+    S        = (A - N * big) / (K - 1)    trace of the covariance of a token's gradient
+    |G|^2    = big - S / N                squared norm of the true gradient
+    B_simple = S / |G|^2                  the tokens of a batch whose noise is as large as its signal
 
 of K micro-batches, s_k the sum of the gradients of the n_k tokens of one of them: N = sum of n_k,
 A = sum of |s_k|^2 / n_k, big = |sum of s_k / N|^2. E|s_k|^2 = n_k^2 |G|^2 + n_k S, so both are
@@ -266,7 +266,7 @@ class NoiseScale:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Closes the window: moves the means of S and |G|^2 by it. Reads nothing, waits for nothing.
+        """Closes the window: moves the means of S and |G|^2 by it. The device is not waited for.
 
         Call it after the last :meth:`observe`; with a process group before gradients are clipped
         or stepped. Then every rank calls it: it reduces the window, where the last backward has
@@ -316,7 +316,7 @@ class NoiseScale:
 
     @property
     def estimate(self) -> Tensor:
-        """S and \\|G\\|^2 as they stand: float64 of shape [2], on the device; NaN before a window."""
+        """The means of S and |G|^2: float64 of shape [2], on the device; NaN before a window."""
         return self._means[:2] / self._means[2]
 
     @property
