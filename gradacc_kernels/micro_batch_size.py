@@ -129,8 +129,9 @@ def find_micro_batch_size(
         largest = int(least)
     if largest == 0:
         raise RuntimeError(
-            f"find_micro_batch_size: a micro-batch of {start} does not fit with {margin:.0%} of the "
-            "memory left free: lower start or margin, shard the model, or checkpoint its activations"
+            f"find_micro_batch_size: a micro-batch of {start} does not fit, with {margin:.0%} of "
+            "the memory left free: lower start or margin, shard the model, or checkpoint its "
+            "activations"
         )
     k = 1 if whole is None else -(-whole // largest)
     small, larger = divmod(largest if whole is None else whole, k)

@@ -2,7 +2,7 @@
 
     S        = (A - N * big) / (K - 1)    trace of the covariance of a token's gradient
     |G|^2    = big - S / N                squared norm of the true gradient
-    B_simple = S / |G|^2                  the tokens of a batch whose noise is as large as its signal
+    B_simple = S / |G|^2                  tokens of a batch whose noise is as large as its signal
 
 of K micro-batches, s_k the sum of the gradients of the n_k tokens of one of them: N = sum of n_k,
 A = sum of |s_k|^2 / n_k, big = |sum of s_k / N|^2. E|s_k|^2 = n_k^2 |G|^2 + n_k S, so both are
