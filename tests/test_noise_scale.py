@@ -1,4 +1,4 @@
-"""NoiseScale: unbiased by Monte Carlo, and the formula of the fp64 gradients of every micro-batch."""
+"""NoiseScale: unbiased by Monte Carlo; the formula, of fp64 gradients of every micro-batch."""
 
 import copy
 import math
@@ -37,7 +37,7 @@ def deliver(param, grad):
 #   big = |G + normal of covariance diag(std^2) / N|^2      Var big = 4 sum (G std)^2 / N + 2 sum
 #   and big is independent of S                                       std^4 / N^2
 
-COUNTS, WINDOWS = [1, 40, 2, 17], 1500
+COUNTS, WINDOWS = [1, 40, 2, 17], 600
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,8 @@ def test_a_parameter_without_a_gradient_has_no_old_one():
     """Its part of the buffer still holds the last window's sums."""
     model = mlp(dtype=torch.float32)
     head = torch.nn.Linear(16, 8)
-    accumulator = gk.attach(torch.nn.ModuleList([model, head]))
+    both = torch.nn.ModuleList([model, head])
+    accumulator = gk.attach(both)
     noise = NoiseScale(accumulator, 0)
     with accumulator.micro_batch(1):
         (1e3 * head(batch(dtype=torch.float32))).sum().backward()
@@ -256,7 +257,8 @@ def test_smoothing_takes_numerator_and_denominator_apart():
         param.grad = None
         pairs.append(formula(sums, counts))
         weights = [0.75 * w for w in weights] + [0.25]
-        means = torch.tensor(weights).double() @ torch.tensor(pairs).double() / sum(weights)
+        shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+        means = shares @ torch.tensor(pairs, dtype=torch.float64)
         torch.testing.assert_close(noise.estimate, means, rtol=1e-9, atol=0)
     assert noise.value == pytest.approx((means[0] / means[1]).item())
     assert noise.suggested_micro_batches(0.05) == round(noise.value / 0.05)
