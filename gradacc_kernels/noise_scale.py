@@ -77,8 +77,9 @@ class NoiseScale:
         TypeError, ValueError: no Accumulator; a smoothing outside of [0, 1), max_elements below 1;
             parameters that are not covered, or none; DTensors, or parameters that FSDP2 has
             sharded, of which a rank has no whole gradient.
-        RuntimeError: DistributedDataParallel averages the gradients inside of backward; the
-            accumulator is detached.
+        RuntimeError: DistributedDataParallel averages the gradients inside of backward (or may do:
+            without the extension, wherever torch.distributed is initialised and ``process_group``
+            is not given); the accumulator is detached.
     """
 
     def __init__(
@@ -128,13 +129,7 @@ class NoiseScale:
                 f"{'those of FSDP2' if not sharded else f'the DTensor {sharded[0]}'}: pass others "
                 "as parameters="
             )
-        if attachment.reduction is None and dist.is_available() and dist.is_initialized():
-            if distributed.is_hooked(attachment.params.values()):
-                raise RuntimeError(
-                    "NoiseScale: DistributedDataParallel (or another hook on AccumulateGrad nodes) "
-                    "averages over the ranks inside of backward, so that no micro-batch of a rank "
-                    f"can be seen. {distributed.INSTEAD}"
-                )
+        _check_ranks(attachment)
 
     def _begin_sampling(self, attachment: Any) -> None:
         self._groups = attachment.groups
@@ -279,6 +274,7 @@ class NoiseScale:
         attachment = self.accumulator._attachment
         window = attachment.window
         reducer = attachment.reducer
+        _check_ranks(attachment)
         sums, ranks = self._sums, 1
         if not self._is_whole or attachment.groups is not self._groups:
             sums = torch.full_like(sums, math.nan)
@@ -452,6 +448,8 @@ class _Sample:
         begun = [param.grad is not None for param in self._params]
         if begun != self._mask[0]:
             missing = torch.tensor(begun).logical_not()[self._owner].unsqueeze(1)
+            if self.now.is_cuda:
+                missing = missing.pin_memory()
             self._mask = begun, missing.to(self.now.device, non_blocking=True)
         return None if all(begun) else self._mask[1]
 
@@ -504,6 +502,18 @@ def _lines_of(group: Any, names: set[str]) -> tuple[Tensor, Tensor]:
     sizes = [padded(view.numel(), group.dtype) // _line(group) for view in group.buffer.views]
     keep = torch.tensor(is_wanted) & (torch.tensor(sizes) > 0)
     return _starts(group)[keep], torch.tensor(sizes)[keep]
+
+
+def _check_ranks(attachment: Any) -> None:
+    """Raises where others average gradients over ranks, or may do."""
+    if attachment.reduction is not None or not (dist.is_available() and dist.is_initialized()):
+        return
+    if distributed.is_hooked(attachment.params.values()) is not False:
+        raise RuntimeError(
+            "NoiseScale: DistributedDataParallel (or another hook on AccumulateGrad nodes) averages "
+            "over the ranks inside of backward, so that what a micro-batch of this rank adds "
+            f"cannot be seen. {distributed.INSTEAD}"
+        )
 
 
 def _numbers(attachment: Any) -> list[int]:
