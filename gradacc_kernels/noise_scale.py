@@ -510,9 +510,9 @@ def _check_ranks(attachment: Any) -> None:
         return
     if distributed.is_hooked(attachment.params.values()) is not False:
         raise RuntimeError(
-            "NoiseScale: DistributedDataParallel (or another hook on AccumulateGrad nodes) averages "
-            "over the ranks inside of backward, so that what a micro-batch of this rank adds "
-            f"cannot be seen. {distributed.INSTEAD}"
+            "NoiseScale: DistributedDataParallel (or another hook on AccumulateGrad nodes) "
+            "averages inside of backward over the ranks, so that what a micro-batch of one adds cannot be "
+            f"seen. {distributed.INSTEAD}"
         )
 
 

@@ -92,6 +92,24 @@ def an_update_that_comes_too_late_is_told(ranks):
 
 
 @case
+def distributed_data_parallel_is_refused(ranks):
+    model = ranks.model(torch.float32)
+    accumulator = gk.attach(model)
+    noise = gk.NoiseScale(accumulator)  # of this rank alone
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    ddp(ranks.batches(1, dtype=torch.float32)[0]).sum().backward()
+    noise.observe()
+    for call in (noise.update, lambda: gk.NoiseScale(accumulator)):
+        try:
+            call()
+        except RuntimeError as error:
+            assert "cannot be seen" in str(error)
+        else:
+            raise AssertionError("took gradients that DistributedDataParallel has averaged")
+    accumulator.detach()
+
+
+@case
 def all_ranks_choose_the_same(ranks):
     """Tokens are those of all ranks, and the windows of rank 0 are those of the others."""
     rules = {
