@@ -23,10 +23,9 @@ from torch import Tensor
 
 from gradacc_kernels import distributed
 from gradacc_kernels.accumulator import Accumulator
-from gradacc_kernels.buffer import ALIGNMENT, padded
+from gradacc_kernels.samples import draw
 
 MAX_ELEMENTS = 1 << 22
-SEED = 0
 
 
 class NoiseScale:
@@ -133,14 +132,7 @@ class NoiseScale:
 
     def _begin_sampling(self, attachment: Any) -> None:
         self._groups = attachment.groups
-        wanted = [_lines_of(group, self._names) for group in self._groups]
-        total = sum(int(counts.sum()) for _, counts in wanted)
-        most = math.inf if self._max_elements is None else self._max_elements
-        self._samples = []
-        for group, (starts, counts) in zip(self._groups, wanted, strict=True):
-            if len(counts):
-                share = min(1.0, most / (total * _line(group)))
-                self._samples.append(_Sample(attachment, group, starts, counts, share))
+        self._samples = draw(attachment, self._names, self._max_elements)
         self._captured: tuple[Any, int] = (None, 0)
         if attachment.reducer is not None:
             attachment.reducer.observers.add(self)
@@ -166,6 +158,7 @@ class NoiseScale:
         attachment = self.accumulator._attachment
         window = attachment.window
         window.check_closed("observe")
+        window.follow()
         if tokens is not None:
             if isinstance(tokens, bool) or not isinstance(tokens, numbers.Real):
                 raise TypeError(f"observe: tokens must be a number, got {type(tokens).__name__}")
@@ -399,111 +392,6 @@ class NoiseScale:
         return f"NoiseScale({lines:,} of {total:,} lines, smoothing {self.smoothing:g})"
 
 
-class _Sample:
-    """Lines of the main gradients of a group: as they are, and as they were before.
-
-    Args:
-        attachment: of the group.
-        group: of parameters of one device and dtype.
-        starts: int64 [n]: the first line of each chosen parameter in the flat buffer.
-        counts: int64 [n]: how many lines it has.
-        share: of the lines that are wanted.
-
-    Attributes:
-        rows: int64 [m], ascending: the numbers of the lines, one from each of m equal parts.
-        before, now: [m, elements of a line].
-        count: lines of the chosen parameters.
-    """
-
-    def __init__(self, attachment: Any, group: Any, starts: Tensor, counts: Tensor, share: float):
-        self.count = int(counts.sum())
-        wanted = max(1, round(self.count * share))
-        within = torch.rand(
-            wanted, dtype=torch.float64, generator=torch.Generator().manual_seed(SEED)
-        )
-        chosen = (torch.arange(wanted) + within) * (self.count / wanted)
-        chosen = chosen.long().clamp(max=self.count - 1)
-        ends = counts.cumsum(0)
-        owner = torch.searchsorted(ends, chosen, right=True)
-        rows = chosen - (ends - counts)[owner] + starts[owner]
-        owners, self._owner = owner.unique(return_inverse=True)
-        by_start = dict(zip(_starts(group).tolist(), group.names, strict=True))
-        self._params = [attachment.params[by_start[int(starts[i])]] for i in owners]
-        self._host_rows = rows
-        self.rows = rows.to(group.device)
-        self._lines = group.buffer.flat.view(-1, _line(group))
-        self.before = self._lines.new_zeros(wanted, self._lines.shape[1])
-        self.now = torch.empty_like(self.before)
-        self._mask: tuple[list[bool], Tensor | None] = [True] * len(self._params), None
-
-    def read(self) -> None:
-        """now = main gradients, zero where there is none."""
-        torch.index_select(self._lines, 0, self.rows, out=self.now)
-        missing = self._missing()
-        if missing is not None:
-            self.now.masked_fill_(missing, 0.0)
-
-    def _missing(self) -> Tensor | None:
-        """1 in the lines of parameters without a gradient, whose memory is of older windows."""
-        begun = [param.grad is not None for param in self._params]
-        if begun != self._mask[0]:
-            missing = torch.tensor(begun).logical_not()[self._owner].unsqueeze(1)
-            if self.now.is_cuda:
-                missing = missing.pin_memory()
-            self._mask = begun, missing.to(self.now.device, non_blocking=True)
-        return None if all(begun) else self._mask[1]
-
-    def capture(self, begin: int, end: int) -> int:
-        """now = main gradients between two elements of the flat buffer; returns how many lines."""
-        line = self._lines.shape[1]
-        bounds = torch.tensor([begin // line, end // line])
-        first, last = torch.searchsorted(self._host_rows, bounds).tolist()
-        rows, now = self.rows[first:last], self.now[first:last]
-        torch.index_select(self._lines, 0, rows, out=now)
-        return last - first
-
-    def read_mean(self) -> None:
-        """before = main gradients, that all ranks have."""
-        torch.index_select(self._lines, 0, self.rows, out=self.before)
-
-    def swap(self) -> None:
-        """before = now."""
-        self.before, self.now = self.now, self.before
-
-    def difference(self) -> Tensor:
-        """|now - before|^2 of all lines, estimated: 0-dim float64; then before = now."""
-        self.before.sub_(self.now)
-        self.swap()
-        return self._square(self.now)
-
-    def square(self) -> Tensor:
-        """|before|^2 of all lines, estimated: 0-dim float64."""
-        return self._square(self.before)
-
-    def _square(self, values: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(values).double()
-        return norm.square() * (self.count / len(self.rows))
-
-
-def _line(group: Any) -> int:
-    """Elements of a line of the flat buffer, which no two parameters share."""
-    return ALIGNMENT // group.dtype.itemsize
-
-
-def _starts(group: Any) -> Tensor:
-    """The first line of each parameter."""
-    ends = torch.tensor([0, *group.buffer.ends])
-    return ends[:-1] // _line(group)
-
-
-def _lines_of(group: Any, names: set[str]) -> tuple[Tensor, Tensor]:
-    """The first line, and the number of lines, of each parameter of a group that is named."""
-    is_wanted = [name in names for name in group.names]
-    sizes = [padded(view.numel(), group.dtype) // _line(group) for view in group.buffer.views]
-    keep = torch.tensor(is_wanted) & (torch.tensor(sizes) > 0)
-    return _starts(group)[keep], torch.tensor(sizes)[keep]
-
-
 def _check_ranks(attachment: Any) -> None:
     """Raises where others average gradients over ranks, or may do."""
     if attachment.reduction is not None or not (dist.is_available() and dist.is_initialized()):
@@ -511,8 +399,8 @@ def _check_ranks(attachment: Any) -> None:
     if distributed.is_hooked(attachment.params.values()) is not False:
         raise RuntimeError(
             "NoiseScale: DistributedDataParallel (or another hook on AccumulateGrad nodes) "
-            "averages inside of backward over the ranks, so that what a micro-batch of one adds cannot be "
-            f"seen. {distributed.INSTEAD}"
+            "averages inside of backward over the ranks, so that what a micro-batch of one of them "
+            f"adds cannot be seen. {distributed.INSTEAD}"
         )
 
 

@@ -227,6 +227,11 @@ def test_what_a_window_may_be():
     assert math.isnan(noise.value)
     observe(data_of([7, 1]))
     model.zero_grad()  # without update
+    for _ in range(2):  # without weights, after a window with weights that was dropped
+        backward(model, batch(dtype=torch.float32))
+        noise.observe()
+    assert noise.state_dict()["window"][1:] == [2, 2]
+    model.zero_grad()
     data = data_of([4, 2, 9])
     observe(data)
     close()
