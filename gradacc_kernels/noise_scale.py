@@ -62,6 +62,8 @@ class NoiseScale:
     one all-reduce of 3 numbers in :meth:`update`. What a rank has summed is copied right before
     its buckets are reduced, so one micro-batch a rank is enough.
 
+    It holds the parameters and the buffers: drop it when you detach.
+
     Units are those of the weights of :meth:`Accumulator.micro_batch`: tokens, or samples. Without
     weights each micro-batch counts as 1, and B_simple is in micro-batches.
 

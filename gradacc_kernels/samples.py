@@ -1,8 +1,8 @@
 """A random sample of the main gradients: lines of 128 bytes, always the same ones.
 
-No two parameters share a line of the flat buffer, and what of one is not a parameter's is zero. The
-lines of the chosen parameters are cut into as many equal parts as lines are wanted, and one is drawn
-from each, so that all are equally likely, and every parameter has its share.
+No two parameters share a line of the flat buffer, and what of one is not a parameter's is zero.
+The lines of the chosen parameters are cut into as many equal parts as lines are wanted, and one is
+drawn from each, so that all are equally likely, and every parameter has its share.
 """
 
 from __future__ import annotations
