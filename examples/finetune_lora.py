@@ -7,7 +7,9 @@
 A small Llama with random weights stands for a pretrained one: --model takes the folder of another.
 The base is frozen; the adapters are bfloat16. Texts are functions of Python's standard library,
 byte by byte: micro-batches hold different numbers of tokens, so each has its own as its weight, and
-the window's gradient is that of the mean over all its tokens.
+the window's gradient is that of the mean over all its tokens. The noise scale tells how many tokens
+a window should have. --record run.jsonl writes what each window was, of which
+`python -m gradacc_kernels report run.jsonl` makes a page, the noise scale among it.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -43,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--micro-batches", type=int, default=8, help="K, in a window")
     parser.add_argument("--texts", type=int, default=4, help="in a micro-batch")
+    parser.add_argument("--record", type=Path, help="JSON lines, one a window")
     parser.add_argument("--quick", action="store_true", help="5 windows of 4 micro-batches")
     options = parser.parse_args()
     if options.quick:
@@ -105,6 +109,9 @@ def main() -> None:
     print(accumulator)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = gk.MasterParams(trained, torch.optim.AdamW, lr=5e-3)
+    noise = gk.NoiseScale(accumulator)
+    sinks = [] if options.record is None else [gk.JsonLines(options.record)]
+    monitor = gk.Monitor(accumulator, sinks)
     data = batches(functions(), options.texts, device)
 
     began = time.perf_counter()
@@ -116,13 +123,21 @@ def main() -> None:
             with accumulator.micro_batch(n_tokens):
                 loss = model(**batch).loss  # the mean over these tokens
                 loss.backward()
+            noise.observe()
             total += loss.detach() * n_tokens
+        noise.update()
         n_tokens = accumulator.weight
+        spread, signal = noise.estimate
+        monitor.log(loss=total / n_tokens, noise_scale=spread / signal)
         norm = accumulator.step(optimizer, max_norm=1.0)
         optimizer.zero_grad()
         if window % max(1, options.windows // 6) == 0 or window == options.windows - 1:
             loss, norm = (total / n_tokens).item(), norm.item()
-            print(f"window {window:3}: {int(n_tokens):6} tokens, loss {loss:.3f}, norm {norm:.3f}")
+            print(
+                f"window {window:3}: {int(n_tokens):6} tokens, loss {loss:.3f}, norm {norm:.3f}, "
+                f"noise scale {noise.value:,.0f} tokens"
+            )
+    monitor.close()
     print(f"{options.windows} windows in {time.perf_counter() - began:.0f} s")
 
 
