@@ -45,7 +45,7 @@ def _public_path(path, package):
     for public in package.exports or ():
         canonical = package[str(public)].canonical_path
         if path == canonical or path.startswith(canonical + "."):
-            return f"{PACKAGE}.{public}{path[len(canonical):]}"
+            return f"{PACKAGE}.{public}{path[len(canonical) :]}"
         if path == f"{PACKAGE}.{public}" or path.startswith(f"{PACKAGE}.{public}."):
             return path
     return None
