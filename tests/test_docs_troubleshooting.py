@@ -143,7 +143,7 @@ def quotes(page):
 
 def is_quoted(text, quote):
     """Whether a message reads as a quote does, whose gaps stand for anything."""
-    return re.fullmatch(".*".join(map(re.escape, quote.split(GAP))), text) is not None
+    return re.fullmatch(".*".join(map(re.escape, quote.split(GAP))), text, re.DOTALL) is not None
 
 
 def unanswered(page, texts):
