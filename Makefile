@@ -38,8 +38,9 @@ format: $(VENV)/linters
 	$(BIN)/ruff format $(STYLED)
 	$(BIN)/clang-format -i $(CXX_STYLED)
 
+# Not --quiet, which hides warnings from --strict too.
 docs: $(VENV)/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check-cuda:
 	PYTHON=$(PYTHON) bash scripts/check_cuda.sh

@@ -30,22 +30,24 @@ class Roles(griffe.Extension):
 
 
 def _link(name, item, package):
+    """The link of a name as it is meant in the docstring of an object, or just the name in code."""
+    first, *rest = name.split(".")
     scope = item
-    while scope is not None:
-        if name.split(".")[0] in scope.members:
-            break
+    while scope is not None and first not in scope.members:
         scope = scope.parent
-    path = f"{(scope or package).path}.{name}"
-    is_public = _public_path(path, package)
-    return f"[`{name}`][{is_public}]" if is_public else f"`{name}`"
+    found = (scope or package).members.get(first)
+    if found is None:
+        return f"`{name}`"
+    path = ".".join([found.target_path if found.is_alias else found.path, *rest])
+    public = _public_path(path, package)
+    return f"[`{name}`][{public}]" if public else f"`{name}`"
 
 
 def _public_path(path, package):
-    """The name of an object as `__all__` of the package has it; None where that has none."""
-    for public in package.exports or ():
-        canonical = package[str(public)].canonical_path
-        if path == canonical or path.startswith(canonical + "."):
-            return f"{PACKAGE}.{public}{path[len(canonical) :]}"
-        if path == f"{PACKAGE}.{public}" or path.startswith(f"{PACKAGE}.{public}."):
-            return path
+    """The path of an object by a name in ``__all__`` of the package; None where it has none."""
+    for name in map(str, package.exports or ()):
+        member = package.members[name]
+        inside = member.target_path if member.is_alias else member.path
+        if path == inside or path.startswith(f"{inside}."):
+            return f"{PACKAGE}.{name}{path.removeprefix(inside)}"
     return None
