@@ -38,6 +38,7 @@ RELAYS = {
     "hook.py": "those of dispatch.choose",
     "lockstep.py": "_describe",
     "optimizers.py": "those of hook.py",
+    "report.py": "json's",
     "reducer.py": "those of stalls.py",
     "stalls.py": "_no_answer, _fail",
     "tune.py": "in a warning of its own, or by argparse",
