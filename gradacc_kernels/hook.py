@@ -714,14 +714,12 @@ def attach(
     With s = float32(scale) * inv_scale. From then on, ``.grad`` of every covered parameter is its
     main gradient, a float32 view into one flat buffer, also for a float16 or bfloat16 parameter:
 
-    ================================  ====================================================
-    ``.grad`` when a gradient arrives what happens
-    ================================  ====================================================
-    None                              stored: main = grad * s, and ``.grad`` is the view
-    the view                          added in place
-    zeros in the view                 added in place
-    another tensor                    copied into the view, then added
-    ================================  ====================================================
+    | ``.grad`` when a gradient arrives | what happens                                       |
+    |-----------------------------------|----------------------------------------------------|
+    | None                              | stored: main = grad * s, and ``.grad`` is the view |
+    | the view                          | added in place                                     |
+    | zeros in the view                 | added in place                                     |
+    | another tensor                    | copied into the view, then added                   |
 
     A ``.grad`` that exists at attach counts as another tensor. A kept reference to a ``.grad`` sees
     the next window: clone what you keep. Parameters that are frozen now, or added later, are not

@@ -40,23 +40,20 @@ class Monitor:
 
     A record is a dict of
 
-    =========================  =================================================================
-    ``step``                   number of the window: first_step for the first
-    ``time``, ``seconds``      of the close: since the epoch, and since the one before
-    ``norm``                   of the average, before :meth:`Accumulator.step` clips it; NaN where
-                               an element is not finite
-    ``largest``                the 5 largest norms, by the names of the parameters
-    ``found_inf``              whether an element is inf or NaN
-    ``nonfinite``              the names of the parameters that have one
-    ``micro_batches``          of the window, on this rank
-    ``tokens``                 the sum of their weights, over all ranks; None without weights
-    ``loss_scale``             1 / inv_scale: that of ``gk.GradScaler``
-    ``skipped_windows``        since attach
-    ``skipped_micro_batches``  since attach
-    ``nbytes``                 of main gradients and their statistics
-    ``cuda_bytes``             allocated on the GPUs of the parameters; only where there are some
-    ``cuda_peak_bytes``        the most of it so far
-    =========================  =================================================================
+    - ``step``: number of the window: first_step for the first
+    - ``time``, ``seconds``: of the close: since the epoch, and since the one before
+    - ``norm``: of the average, before :meth:`Accumulator.step` clips it; NaN where an element is
+      not finite
+    - ``largest``: the 5 largest norms, by the names of the parameters
+    - ``found_inf``: whether an element is inf or NaN
+    - ``nonfinite``: the names of the parameters that have one
+    - ``micro_batches``: of the window, on this rank
+    - ``tokens``: the sum of their weights, over all ranks; None without weights
+    - ``loss_scale``: 1 / inv_scale: that of ``gk.GradScaler``
+    - ``skipped_windows``, ``skipped_micro_batches``: since attach
+    - ``nbytes``: of main gradients and their statistics
+    - ``cuda_bytes``: allocated on the GPUs of the parameters; only where there are some
+    - ``cuda_peak_bytes``: the most of it so far
 
     and what :meth:`log` adds.
 
