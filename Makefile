@@ -2,6 +2,7 @@
 # make bench  the kernel benchmark of this machine      make gpu      the GPU tests, and their record
 # make lint   style, generated tables, GPU record       make format   rewrites the sources in style
 # make check-cuda   assembles every kernel, builds the CUDA extension; needs nvcc and no GPU
+# make docs         the documentation site, to build/docs/index.html; broken links fail
 # make sanitize     the C++ of the CPU under AddressSanitizer and UndefinedBehaviorSanitizer
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 STYLED := gradacc_kernels tests benchmarks examples scripts setup.py
 CXX_STYLED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
-.PHONY: demo test bench gpu lint format check-cuda sanitize clean
+.PHONY: demo test bench gpu lint format docs check-cuda sanitize clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/train_lm.py
@@ -37,6 +38,10 @@ format: $(VENV)/linters
 	$(BIN)/ruff format $(STYLED)
 	$(BIN)/clang-format -i $(CXX_STYLED)
 
+# Not --quiet, which hides warnings from --strict too.
+docs: $(VENV)/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 check-cuda:
 	PYTHON=$(PYTHON) bash scripts/check_cuda.sh
 
@@ -54,6 +59,12 @@ $(VENV)/torch: scripts/venv.sh
 
 $(VENV)/linters: $(VENV)/torch
 	$(BIN)/python -m pip install -q ruff==0.17.6 clang-format==23.1.5
+	touch $@
+
+# ruff, of the linters, formats the signatures of the reference.
+$(VENV)/site: $(VENV)/linters
+	$(BIN)/python -m pip install -q mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 \
+		mkdocstrings-python==2.0.11
 	touch $@
 
 clean:

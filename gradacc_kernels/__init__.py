@@ -3,8 +3,32 @@
 from gradacc_kernels import integrations, ops
 from gradacc_kernels.accumulator import Accumulator
 from gradacc_kernels.amp import GradScaler
+from gradacc_kernels.auto_window import AutoWindow, FollowNoise, Schedule, TokenTarget
 from gradacc_kernels.hook import attach
+from gradacc_kernels.micro_batch_size import find_micro_batch_size
+from gradacc_kernels.monitor import Monitor
+from gradacc_kernels.noise_scale import NoiseScale
 from gradacc_kernels.optim import MasterParams
+from gradacc_kernels.sinks import JsonLines, Live, TensorBoard
+from gradacc_kernels.stats import Stats
 
 __version__ = "0.1.0"
-__all__ = ["Accumulator", "GradScaler", "MasterParams", "attach", "integrations", "ops"]
+__all__ = [
+    "Accumulator",
+    "AutoWindow",
+    "FollowNoise",
+    "GradScaler",
+    "JsonLines",
+    "Live",
+    "MasterParams",
+    "Monitor",
+    "NoiseScale",
+    "Schedule",
+    "Stats",
+    "TensorBoard",
+    "TokenTarget",
+    "attach",
+    "find_micro_batch_size",
+    "integrations",
+    "ops",
+]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradacc_kernels import window_state
 from gradacc_kernels.statistics import measure
+from gradacc_kernels.stats import Snapshot, Stats
 from gradacc_kernels.window import clip_coefficient
 
 
@@ -200,6 +201,28 @@ class Accumulator:
         """
         return measure(self._attachment, from_slots=False).found_inf
 
+    def stats(self, *, from_statistics: bool = False) -> Stats:
+        """Returns what there is to know of the window whose gradients are in ``.grad``.
+
+        That is the one under way, and after a step of an optimizer the one that was closed, until
+        ``zero_grad()`` or the next gradient. Of a window that :meth:`step` or a ``gk.GradScaler``
+        has closed, norms are those of the average before clipping, which were kept; in all other
+        cases they are of ``.grad`` as it stands, divided by the weight if that is still to come.
+
+        Waits for the device, once: one small copy of each device. Where parameters are DTensors
+        every rank calls it, or none.
+
+        Args:
+            from_statistics: as for :meth:`grad_norm`; False reads the gradients of a window that is
+                under way, or that a stock ``optimizer.step()`` has closed.
+
+        Raises:
+            RuntimeError: there is no average, as for :meth:`grad_norm`.
+        """
+        attachment = self._attachment
+        closed = attachment.closed_window()
+        return Snapshot(attachment, closed, from_statistics=from_statistics).read()[0]
+
     # Closing a window
 
     def micro_batch(
@@ -234,12 +257,7 @@ class Accumulator:
 
         Once the window is reduced over the ranks of a process group, that over all of them.
         """
-        window = self._attachment.window
-        window.follow()
-        reducer = self._attachment.reducer
-        if reducer is None or not self._attachment.groups[0].hooks.is_reduced():
-            return window.weight.clone()
-        return window.weight * reducer.world_size  # it is the mean of the ranks
+        return self._attachment.window.total_weight()
 
     def average_(self) -> None:
         """Divides ``.grad`` by the weight of the window: grad = grad / sum of weights.
@@ -381,9 +399,7 @@ class Accumulator:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory held for main gradients and their statistics."""
-        attachment = self._attachment
-        beside = 0 if attachment.reducer is None else attachment.reducer.nbytes
-        return beside + sum(group.buffer.nbytes for group in attachment.groups)
+        return self._attachment.nbytes()
 
     def __enter__(self) -> Accumulator:
         """Returns itself."""

@@ -13,6 +13,7 @@ goes. FSDP2 has no public name for it, nor for the dtypes in which it reduces.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from types import ModuleType
@@ -77,6 +78,11 @@ class FullySharded:
         info = self._groups[0].mesh_info
         names = ("shard_process_group", "replicate_process_group")
         return [group for group in (getattr(info, name, None) for name in names) if group]
+
+    @property
+    def world_size(self) -> int:
+        """Over how many ranks FSDP2 averages."""
+        return math.prod(map(dist.get_world_size, self.process_groups))
 
     def install(self) -> None:
         """Has FSDP2 keep float32 gradients, in sums and in shards."""

@@ -129,6 +129,7 @@ def _why_pending(param: Tensor) -> str | None:
 def _end_windows(params: list[Tensor]) -> None:
     owners = {group.owner() for group, _ in map(_find, params) if group is not None}
     for attachment in owners - {None}:
+        attachment.window.end_by_step(params)
         for group in attachment.groups:
             group.hooks.end_window()
         attachment.end_reduced_window()
@@ -350,6 +351,33 @@ class _Attachment:
         """The most backwards that have added to the window of a parameter."""
         return max((group.hooks.most_micro_batches() for group in self.groups), default=0)
 
+    def nbytes(self) -> int:
+        """Bytes of main gradients, of their statistics, and beside them for the reduction."""
+        beside = 0 if self.reducer is None else self.reducer.nbytes
+        return beside + sum(group.buffer.nbytes for group in self.groups)
+
+    def closed_window(self) -> window.Closed | None:
+        """The window that was closed last, while its gradients are those in ``.grad``."""
+        has_begun = self.micro_batches() > 0 or (self.reducer and self.reducer.has_reduced)
+        if has_begun or all(param.grad is None for param in self.params.values()):
+            return None
+        return self.window.closed
+
+    def has_main_grads(self) -> bool:
+        """Tells whether ``.grad`` of a parameter is its main gradient."""
+        for group, index, _, param in self.members():
+            grad = None if param.grad is None else sharded.local(param.grad)
+            if grad is not None and grad.numel():
+                if grad.data_ptr() == group.buffer.views[index].data_ptr():
+                    return True
+        return False
+
+    def ranks(self) -> int:
+        """Over how many ranks gradients are averaged here."""
+        if self.fully_sharded is not None:
+            return self.fully_sharded.world_size
+        return 1 if self.reducer is None else self.reducer.world_size
+
     def backwards(self) -> int:
         """How many backwards the window has had."""
         groups = [group.hooks for group in self.groups]
@@ -500,6 +528,8 @@ class _Attachment:
         with self.lock, torch.inference_mode(False), _disable_current_modes():
             for handle in self.handles:
                 handle.remove()
+            for monitor in list(self.window.monitors):
+                monitor.close()
             with contextlib.suppress(RuntimeError):
                 self.window.end(self)
             if self.fused is not None:
@@ -689,14 +719,12 @@ def attach(
     With s = float32(scale) * inv_scale. From then on, ``.grad`` of every covered parameter is its
     main gradient, a float32 view into one flat buffer, also for a float16 or bfloat16 parameter:
 
-    ================================  ====================================================
-    ``.grad`` when a gradient arrives what happens
-    ================================  ====================================================
-    None                              stored: main = grad * s, and ``.grad`` is the view
-    the view                          added in place
-    zeros in the view                 added in place
-    another tensor                    copied into the view, then added
-    ================================  ====================================================
+    | ``.grad`` when a gradient arrives | what happens                                       |
+    |-----------------------------------|----------------------------------------------------|
+    | None                              | stored: main = grad * s, and ``.grad`` is the view |
+    | the view                          | added in place                                     |
+    | zeros in the view                 | added in place                                     |
+    | another tensor                    | copied into the view, then added                   |
 
     A ``.grad`` that exists at attach counts as another tensor. A kept reference to a ``.grad`` sees
     the next window: clone what you keep. Parameters that are frozen now, or added later, are not

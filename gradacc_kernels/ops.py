@@ -314,7 +314,7 @@ def grad_stats(
         backend: as in accumulate_.
 
     Returns:
-        (sums, norm, found_inf), device tensors: the sum of squares of each tensor, of shape [n];
+        (sums, norm, found_inf), device tensors. The sum of squares of each tensor, of shape [n];
         sqrt(sum(sums)), 0-dim; and a 0-dim float32 that is 1 when an element is not finite, else 0.
         Sums and norm are NaN then. A sum of finite squares that overflows float32 is inf, and
         leaves found_inf at 0.

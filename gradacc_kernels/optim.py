@@ -65,11 +65,11 @@ class MasterParams(torch.optim.Optimizer):
         **options: of the optimizer: its learning rate and so on.
 
     Attributes:
-        inner: the optimizer over the masters. Its groups and state are written from those of this
-            one before a step, and read back after it. With zero, over those of this rank.
+        low_bits: as given.
         state: that of the optimizer inside. A parameter that was stepped has its ``"master"`` there
             too, which is empty with low bits; with zero, one of another rank has an empty entry.
-        low_bits: as given.
+        inner: the optimizer over the masters. Its groups and state are written from those of this
+            one before a step, and read back after it. With zero, over those of this rank.
 
     Raises:
         TypeError: optimizer_class is no class of optimizers; params are no floating-point tensors,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,13 @@ from torch import Tensor
 
 from gradacc_kernels import stalls
 from gradacc_kernels.lockstep import Lockstep
+
+
+class Observer(Protocol):
+    """What wants to see what this rank has summed, before others are averaged into it."""
+
+    def before_reduction(self, begin: int, end: int) -> None:
+        """Called on the stream that reduces, with the bounds in flat of what is final."""
 
 
 class Reducer:
@@ -29,6 +37,7 @@ class Reducer:
             come first.
         has_reduced: whether a reduction has ended since this was last set to False.
         lockstep: compares which windows the ranks reduce; that of the attachment.
+        observers: who is told of slices before they are reduced; held weakly.
     """
 
     def __init__(
@@ -59,6 +68,7 @@ class Reducer:
         self.has_reduced = False
         self.windows = 0
         self._reduction = 0  # its number, once it has begun
+        self.observers: weakref.WeakSet[Observer] = weakref.WeakSet()
 
     symmetric_bytes = 0  # of symmetric memory, which torch.cuda's statistics do not show
 
@@ -71,6 +81,8 @@ class Reducer:
         """Begins to reduce buckets, on the current stream."""
         if first == 0:
             self._reduction = stalls.next_reduction(self.process_group)
+        for observer in self.observers:
+            observer.before_reduction(self._bounds[last - 1][0], self._bounds[first][1])
         for bucket in range(first, last):
             with self._telling(bucket):
                 self._under_way.append((bucket, self._begin(bucket)))

@@ -14,7 +14,8 @@ import numbers
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from gradacc_kernels import sharded
 from gradacc_kernels.distributed import check_weights
-from gradacc_kernels.statistics import are_nonfinite, measure, scale_grads_
+from gradacc_kernels.statistics import Statistics, are_nonfinite, measure, scale_grads_
 
 UNWEIGHTED, AVERAGED = -1.0, -2.0
 BROKEN = (
@@ -34,6 +35,28 @@ NONFINITE = ("skip_window", "skip_micro_batch", "raise", "ignore")
 pending: weakref.WeakSet[Window] = weakref.WeakSet()
 # Those that are reduced over ranks before an optimizer steps them.
 shared: weakref.WeakSet[Window] = weakref.WeakSet()
+
+
+@dataclass
+class Closed:
+    """What is kept of a window that a step of an optimizer has ended.
+
+    Attributes:
+        micro_batches: how many backwards it had.
+        tokens: 0-dim float64: the sum of its weights, over all ranks; None without weights.
+        stepped: the ids of the parameters of the optimizers that stepped.
+        measured: its sums before they were averaged and clipped; None after a stock step, which
+            leaves in ``.grad`` what there is to measure.
+        divisor: 0-dim float64, what these sums were to be divided by; None for nothing.
+        number: 1 for the first one since attach.
+    """
+
+    micro_batches: int
+    tokens: Tensor | None
+    stepped: frozenset[int]
+    measured: Statistics | None = None
+    divisor: Tensor | None = None
+    number: int = 0
 
 
 class Window:
@@ -50,6 +73,10 @@ class Window:
         skipped_windows: 0-dim int64.
         has_skipped: 0-dim float32: 1 where this window has dropped a micro-batch.
         windows: how many were closed by step.
+        ended: how many steps of any optimizer have ended; several that step one after the other,
+            by the same gradients, end one.
+        closed: the last of these, or None.
+        monitors: which are told of each.
     """
 
     def __init__(self, attachment: Any, nonfinite: str):
@@ -75,6 +102,10 @@ class Window:
         self._is_late = False  # gradients have arrived after that, and before the parameters moved
         self._tallies_opened: list[tuple[int, int, int]] = []  # when micro_batch began
         self._closed: Tensor | None = None  # 1 where the weight of the last window was 0
+        self.ended = 0
+        self.closed: Closed | None = None
+        self.monitors: list[Any] = []
+        self._is_closing = False
 
     @property
     def attachment(self) -> Any:
@@ -477,6 +508,14 @@ class Window:
         if divisor is not None:
             self._mark_averaged()
 
+    def total_weight(self) -> Tensor:
+        """See Accumulator.weight."""
+        self.follow()
+        attachment = self.attachment
+        if attachment.reducer is None or not attachment.groups[0].hooks.is_reduced():
+            return self.weight.clone()
+        return self.weight * attachment.ranks()  # it is the mean of theirs
+
     def norm(self, *, from_slots: bool, params: Any = None) -> Tensor:
         """Returns the norm of the average."""
         norm = measure(self.attachment, from_slots=from_slots, params=params).norm
@@ -517,10 +556,13 @@ class Window:
         """
         attachment = self.attachment
         params = [p for group in optimizer.param_groups for p in group["params"]]
+        closing = self.closing(params)
+        step = self._unobserved(step)
         ours = {id(p) for p in attachment.params.values() if p.grad is not None}
         theirs = {id(p) for p in params if p.grad is not None}
         whole = measure(attachment, from_slots=True)
         divisor = self.divisor()
+        closing.measured, closing.divisor = whole, divisor
         norm = whole.norm if divisor is None else (whole.norm / divisor).to(whole.norm.dtype)
         # Clipping takes the norm of all, so that all of them have to be finite for it.
         of_optimizer = whole
@@ -560,12 +602,54 @@ class Window:
                 result = None if must_ask and skip.item() else step()
         self.windows += 1
         self.skipped_windows.add_(skip.to(torch.int64))
+        self.remember(closing)
         for group in attachment.groups:
             group.hooks.end_window()
         self.reset()
         attachment.end_reduced_window()
         self._closed = is_empty
         return result, norm, found_inf
+
+    def _unobserved(self, step: Callable[[], Any]) -> Callable[[], Any]:
+        """A step that :meth:`end_by_step` is not told of: it is a part of a close."""
+
+        def stepped():
+            self._is_closing = True
+            try:
+                return step()
+            finally:
+                self._is_closing = False
+
+        return stepped
+
+    def end_by_step(self, params: Iterable[Tensor]) -> None:
+        """Called after a step of an optimizer over these, before the hooks end their windows."""
+        if not self._is_closing:
+            self.remember(self.closing(params))
+
+    def closing(self, params: Iterable[Tensor]) -> Closed:
+        """What is kept of the window as it is, by which an optimizer over these steps."""
+        attachment = self.attachment
+        self.follow()
+        tokens = None
+        if self.is_weighted:
+            tokens = self.weight * attachment.ranks()  # where it is reduced, the mean of theirs
+        return Closed(attachment.micro_batches(), tokens, frozenset(map(id, params)))
+
+    def remember(self, closing: Closed) -> None:
+        """Keeps what a step has ended, and tells monitors; nothing without gradients of ours."""
+        before = self.closed
+        if not closing.micro_batches:  # no backward since the last end, but for replayed graphs
+            if before is not None and not closing.stepped & before.stepped:
+                before.stepped |= closing.stepped  # another optimizer steps by the same gradients
+                return
+            if not self.attachment.has_main_grads():
+                return
+        self.ended += 1
+        closing.number = self.ended
+        self.closed = closing
+        for monitor in self.monitors:
+            monitor.record(closing)
 
     def _step_folded(self, optimizer, step, divisor, factor, skip) -> Any:
         """Lets the optimizer's kernel divide, clip and skip."""

@@ -1,9 +1,11 @@
-"""Tests that docs/compatibility.md names exist."""
+"""Tests that docs/compatibility.md names exist, and docs/reference.md has every public name."""
 
 import ast
 import functools
 import re
 from pathlib import Path
+
+import gradacc_kernels
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs/compatibility.md"
@@ -63,3 +65,10 @@ def test_a_name_that_does_not_exist_is_found():
         "tests/test_docs.py::test_of_nothing",
         "tests/test_none.py::test_a",
     ]
+
+
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs/reference.md").read_text()
+    assert sorted(re.findall(r"^::: gradacc_kernels\.(\w+)$", page, re.MULTILINE)) == sorted(
+        gradacc_kernels.__all__
+    )
