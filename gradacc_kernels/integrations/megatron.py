@@ -53,7 +53,7 @@ class _GradAdded:
 
     def __delete__(self, param):
         if vars(param).pop(NAME, None) is None:
-            raise AttributeError(NAME)
+            raise AttributeError(f"'{type(param).__name__}' object has no attribute '{NAME}'")
 
 
 def _written_by_module(param: Tensor) -> tuple[Any, Any]:
