@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gradacc_kernels import report
+
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PRINTED = re.compile(r"^ *print\(.*\)  # (.+)$", re.MULTILINE)
@@ -32,12 +34,15 @@ def run(block, name, names):
     return lines
 
 
-def test_getting_started_runs():
+def test_getting_started_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it writes run.jsonl, of which the page has a report made
     torch.manual_seed(0)
     page = DOCS / "getting_started.md"
     names = {}
     lines = [run(block, str(page), names) for block in blocks(page.read_text())]
     assert len(lines) > 5
+    pytest.importorskip("matplotlib")
+    assert report.main(["run.jsonl"]) == 0 and Path("run.html").exists()
 
 
 def loss_of(model, batch):

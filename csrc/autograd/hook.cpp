@@ -335,11 +335,6 @@ bool GradHooks::added(int64_t index, bool drops) {
   return true;
 }
 
-bool GradHooks::is_dropped(const Param& param) {
-  const Lock lock(*this);
-  return param.dropped_task >= 0 && param.dropped_task == autograd::get_current_graph_task_id();
-}
-
 void GradHooks::invalidate() {
   const Lock lock(*this);
   for (Param& param : params_) param.statistics_version.reset();
@@ -777,7 +772,6 @@ at::Tensor GradHooks::consume(int64_t index, const at::Tensor& grad) {
   if (!grad.defined() || grad.key_set().has(c10::DispatchKey::Python)) return grad;
   Param& param = params_[index];
   if (!param.variable.requires_grad()) return grad;  // frozen since forward: AccumulateGrad skips
-  if (is_dropped(param)) return {};
   TORCH_CHECK(grad.sizes() == param.main.sizes() && grad.device() == device_,
               "gradacc_kernels: a parameter attached with shape ", text(param.main.sizes()), " on ",
               text(device_), " received a gradient of shape ", text(grad.sizes()), " on ",
@@ -812,11 +806,13 @@ at::Tensor GradHooks::consume(int64_t index, const at::Tensor& grad) {
 
   const Lock lock(*this);
   if (removed_) return grad;
+  const int graph_task = autograd::get_current_graph_task_id();
+  if (param.dropped_task >= 0 && param.dropped_task == graph_task) return {};
   check_not_reduced(param.variable);
   begin_backward();
   check_not_launched(param);
   if (is_holding_) {
-    TORCH_CHECK(!is_watched(param) && autograd::get_current_graph_task_id() >= 0,
+    TORCH_CHECK(!is_watched(param) && graph_task >= 0,
                 "gradacc_kernels: with nonfinite='skip_micro_batch' gradients are added after "
                 "backward, but a hook of others reads the .grad of a parameter of shape ",
                 text(param.main.sizes()),
@@ -828,10 +824,10 @@ at::Tensor GradHooks::consume(int64_t index, const at::Tensor& grad) {
   }
   settle(param);
   if (static_cast<int64_t>(entry.grad.nbytes()) < queue_below_ && !is_shared &&
-      !is_watched(param) && autograd::get_current_graph_task_id() >= 0) {
+      !is_watched(param) && graph_task >= 0) {
     enqueue(std::move(entry));
   } else {
-    commit({std::move(entry)}, autograd::get_current_graph_task_id());
+    commit({std::move(entry)}, graph_task);
   }
   return {};
 }

@@ -229,7 +229,6 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   // Returns what is left for AccumulateGrad: nothing, unless the gradient is not for us.
   at::Tensor consume(int64_t index, const at::Tensor& grad);
   void install(int64_t index);
-  bool is_dropped(const Param& param);
   bool is_ours(const at::Tensor& grad, const Param& param) const;
   bool was_cast(const at::Tensor& grad, const Param& param) const;
   // Whether the slots of a parameter describe its `.grad`, as far as version counters tell.
