@@ -1,6 +1,6 @@
 """Fused fp32 gradient accumulation for fp16/bf16 training in PyTorch."""
 
-from gradacc_kernels import ops
+from gradacc_kernels import integrations, ops
 from gradacc_kernels.accumulator import Accumulator
 from gradacc_kernels.amp import GradScaler
 from gradacc_kernels.auto_window import AutoWindow, FollowNoise, Schedule, TokenTarget
@@ -29,5 +29,6 @@ __all__ = [
     "TokenTarget",
     "attach",
     "find_micro_batch_size",
+    "integrations",
     "ops",
 ]

@@ -62,6 +62,10 @@ class _MainGrad:
         if group is None:
             raise AttributeError(f"'{owner.__name__}' object has no attribute 'main_grad'")
         total = group.hooks.current(index)
+        have_added, name = group.owner().written_by_modules, group.names[index]
+        if total is None and name in have_added:
+            group.hooks.begin(index)  # who reads it adds to it
+            have_added[name] = False
         if total is not None and not param.grad.requires_grad:
             # Another tensor may be in `.grad`, as a bucket view of DistributedDataParallel.
             if total.data_ptr() != group.buffer.views[index].data_ptr():
@@ -230,6 +234,7 @@ class _Attachment:
         self.handles: list[Any] = []
         self.groups: list[_Group] = []
         self.uses_inv_scale = False
+        self.written_by_modules: dict[str, bool] = {}  # see integrations/megatron.py
         self.lock = threading.RLock()
         # Parameters whose grad_dtype had to be changed: what it was, and the dtype it was that of.
         self.grad_dtypes: dict[str, tuple[torch.dtype | None, torch.dtype]] = {}

@@ -57,6 +57,7 @@ class _Param:
     micro_batches: int = 0  # of the window below
     window: int = 0
     graph_task: int = -1  # the last one that was counted
+    dropped_task: int = -1  # the last one whose gradient stands for nothing
     ended_version: int = -1  # of exposed, when end_window left it in `.grad`
 
 
@@ -272,6 +273,32 @@ class PythonHooks:
         self._show(param)
         param.statistics_version = None
         self._let_go(param)
+
+    @torch.no_grad()
+    def begin(self, index: int) -> None:
+        """Begins a window of zeros where ``.grad`` is None, for modules that add to main."""
+        param = self._params[index]
+        with self._lock:
+            if param.variable.grad is None:
+                param.main.zero_()
+                param.micro_batches = 0
+                self._restore(param)
+
+    def added(self, index: int, drops: bool) -> bool:
+        """Tells that the backward under way has added to main, after :meth:`begin`.
+
+        Args:
+            index: of the parameter.
+            drops: what autograd delivers to it in this backward stands for nothing.
+
+        Returns:
+            False when the hook's work has ended.
+        """
+        if not self.add(index, lambda *_: False):
+            return False
+        if drops:
+            self._params[index].dropped_task = torch._C._current_graph_task_id()
+        return True
 
     def invalidate(self) -> None:
         """Declares the statistics slots stale."""
@@ -601,6 +628,8 @@ class PythonHooks:
             return grad
         if not param.variable.requires_grad:
             return grad
+        if param.dropped_task >= 0 and param.dropped_task == torch._C._current_graph_task_id():
+            return None
         shape = param.variable.shape if is_dtensor else param.main.shape
         if grad.shape != shape or grad.device != self._device:
             raise RuntimeError(

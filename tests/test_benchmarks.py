@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import accumulate_ways  # noqa: E402
 import bench_accumulate  # noqa: E402
+import bench_monitor  # noqa: E402
 import bench_multi_tensor  # noqa: E402
 import bench_ranks  # noqa: E402
 import counters  # noqa: E402
@@ -431,3 +432,15 @@ def test_targets_of_ranks_are_set_against_the_faster_peer():
     found = [(t["measured"], t["met"]) for t in bench_ranks.targets_of(rows)]
     unmeasured = 3 * [(None, None)]  # ours of the other families, over their peers
     assert found == [(1.5, True), (0.75, False), *unmeasured, (0.2, False)]
+
+
+def test_what_it_costs_to_look(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "monitor.json"
+    options = ["--device", "cpu", "--seconds", "0", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["bench_monitor", *options])
+    bench_monitor.main()
+    rows = json.loads(path.read_text())["rows"]
+    ways = ["nothing", "Monitor", "NoiseScale"]
+    assert [(r["way"], r["micro_batches"]) for r in rows] == [(w, k) for k in (1, 8) for w in ways]
+    assert all(r["window_s"] > 0 for r in rows) and rows[0]["of_micro_batch"] == 0
+    assert "Monitor, of a micro-batch, K=8" in capsys.readouterr().out

@@ -318,6 +318,28 @@ void GradHooks::restore(Param& param) {
   let_go(param);
 }
 
+void GradHooks::begin(int64_t index) {
+  const Lock lock(*this);
+  Param& param = params_.at(index);
+  if (param.variable.mutable_grad().defined()) return;
+  const at::NoGradGuard no_grad;
+  param.main.zero_();
+  param.micro_batches = 0;
+  restore(param);
+}
+
+bool GradHooks::added(int64_t index, bool drops) {
+  if (!add(index, [](const MainGrad&) { return false; })) return false;
+  const Lock lock(*this);
+  if (drops) params_[index].dropped_task = autograd::get_current_graph_task_id();
+  return true;
+}
+
+bool GradHooks::is_dropped(const Param& param) {
+  const Lock lock(*this);
+  return param.dropped_task >= 0 && param.dropped_task == autograd::get_current_graph_task_id();
+}
+
 void GradHooks::invalidate() {
   const Lock lock(*this);
   for (Param& param : params_) param.statistics_version.reset();
@@ -755,6 +777,7 @@ at::Tensor GradHooks::consume(int64_t index, const at::Tensor& grad) {
   if (!grad.defined() || grad.key_set().has(c10::DispatchKey::Python)) return grad;
   Param& param = params_[index];
   if (!param.variable.requires_grad()) return grad;  // frozen since forward: AccumulateGrad skips
+  if (is_dropped(param)) return {};
   TORCH_CHECK(grad.sizes() == param.main.sizes() && grad.device() == device_,
               "gradacc_kernels: a parameter attached with shape ", text(param.main.sizes()), " on ",
               text(device_), " received a gradient of shape ", text(grad.sizes()), " on ",

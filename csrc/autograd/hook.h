@@ -101,6 +101,12 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   // The view of main that is `.grad`, or will be: always the same tensor, so that its version
   // counter tells of every write through a reference that somebody has kept.
   at::Tensor main_grad(int64_t index);
+  // For modules that add to main by themselves. Begins a window of zeros where `.grad` is none.
+  void begin(int64_t index);
+  // The backward under way has added to main on the current stream, after begin. drops: the
+  // gradient that autograd delivers to the parameter in this backward stands for nothing. False
+  // when the hook's work has ended.
+  bool added(int64_t index, bool drops);
   // Declares the statistics slots stale.
   void invalidate();
   // From now on inv_scale may be another number than 1; false when a graph was captured that would
@@ -198,6 +204,7 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
     int64_t micro_batches = 0;         // of the window below
     int64_t window = 0;
     int graph_task = -1;         // the last one that was counted
+    int dropped_task = -1;       // the last one whose gradient stands for nothing
     int64_t ended_version = -1;  // of exposed, when end_window left it in `.grad`
     WindowCast cast;
   };
@@ -222,6 +229,7 @@ class GradHooks : public std::enable_shared_from_this<GradHooks> {
   // Returns what is left for AccumulateGrad: nothing, unless the gradient is not for us.
   at::Tensor consume(int64_t index, const at::Tensor& grad);
   void install(int64_t index);
+  bool is_dropped(const Param& param);
   bool is_ours(const at::Tensor& grad, const Param& param) const;
   bool was_cast(const at::Tensor& grad, const Param& param) const;
   // Whether the slots of a parameter describe its `.grad`, as far as version counters tell.

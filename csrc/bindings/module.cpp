@@ -132,6 +132,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("refresh", &GradHooks::refresh, NoGil())
       .def("remove", &GradHooks::remove, NoGil())
       .def("expose", &GradHooks::expose, NoGil())
+      .def("begin", &GradHooks::begin, NoGil())
+      .def("added", &GradHooks::added, NoGil())
       .def("invalidate", &GradHooks::invalidate, NoGil())
       .def("use_inv_scale", &GradHooks::use_inv_scale, NoGil())
       .def("measure", &GradHooks::measure, NoGil())
