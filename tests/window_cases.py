@@ -4,8 +4,13 @@ import contextlib
 import copy
 import math
 
+import pytest
 import torch
 from rank_cases import case, main
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 import gradacc_kernels as gk
 
@@ -96,7 +101,7 @@ def distributed_data_parallel_is_refused(ranks):
     model = ranks.model(torch.float32)
     accumulator = gk.attach(model)
     noise = gk.NoiseScale(accumulator)  # of this rank alone
-    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    ddp = DistributedDataParallel(model)
     ddp(ranks.batches(1, dtype=torch.float32)[0]).sum().backward()
     noise.observe()
     for call in (noise.update, lambda: gk.NoiseScale(accumulator)):
@@ -106,6 +111,55 @@ def distributed_data_parallel_is_refused(ranks):
             assert "cannot be seen" in str(error)
         else:
             raise AssertionError("took gradients that DistributedDataParallel has averaged")
+    accumulator.detach()
+
+
+@case
+def shards_have_no_noise_scale(ranks):
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    for kind in ("FSDP2", "tensor parallel"):
+        model = ranks.model(torch.float32)
+        if kind == "FSDP2":
+            fully_shard(model, mesh=mesh)
+        else:
+            parallelize_module(model, mesh, {"0": ColwiseParallel(use_local_output=False)})
+        accumulator = gk.attach(model)
+        with pytest.raises(ValueError, match="expected parameters that this rank has whole"):
+            gk.NoiseScale(accumulator)
+        accumulator.detach()
+
+
+@case
+def steps_and_a_window_that_changes_exclude_each_other(ranks):
+    model = ranks.model(torch.float32)
+    accumulator = gk.attach(model, process_group=ranks.group, steps=2)
+    with pytest.raises(ValueError, match="steps=2.: leave steps out"):
+        gk.AutoWindow(accumulator, 2)
+    accumulator.detach()
+
+
+@case
+def windows_under_distributed_data_parallel(ranks):
+    """Of 1 and of 3 micro-batches: the gradients of stock DDP, and one reduction a window."""
+    model = ranks.model(torch.float32)
+    ddp, stock = map(DistributedDataParallel, (model, copy.deepcopy(model)))
+    accumulator = gk.attach(ddp)
+    window = gk.AutoWindow(accumulator, gk.Schedule([(0, 1), (1, 3)]))
+    lasts = []
+    for x in ranks.batches(4, dtype=torch.float32):
+        with window.micro_batch():
+            for net in (ddp, stock):
+                with contextlib.nullcontext() if window.is_last else net.no_sync():
+                    (net(x).square().sum() / window.k).backward()
+        lasts.append(window.is_last)
+        if window.is_last:
+            grads = [param.grad for param in model.parameters()]
+            ranks.assert_same(grads)
+            theirs = [param.grad for param in stock.parameters()]
+            torch.testing.assert_close(grads, theirs, rtol=1e-5, atol=1e-5)
+            ddp.zero_grad()
+            stock.zero_grad()
+    assert lasts == [True, False, False, True]
     accumulator.detach()
 
 
