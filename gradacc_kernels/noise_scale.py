@@ -124,11 +124,15 @@ class NoiseScale:
         """Raises where the gradient of a micro-batch of this rank cannot be seen."""
         sharded = [n for g in attachment.groups if g.is_sharded for n in g.names]
         sharded = [name for name in sharded if name in self._names]
-        if attachment.fully_sharded is not None or sharded:
+        if attachment.fully_sharded is not None:
             raise ValueError(
-                "NoiseScale: expected parameters that this rank has whole, got "
-                f"{'those of FSDP2' if not sharded else f'the DTensor {sharded[0]}'}: pass others "
-                "as parameters="
+                "NoiseScale: expected parameters that this rank has whole, and FSDP2 takes their "
+                "gradients away: there is no noise scale over it"
+            )
+        if sharded:
+            raise ValueError(
+                "NoiseScale: expected parameters that this rank has whole, got the DTensor "
+                f"{sharded[0]}: pass others as parameters="
             )
         _check_ranks(attachment)
 
