@@ -12,7 +12,7 @@ import argparse
 import sys
 import time
 
-import shapes
+import pictures
 import torch
 import torch.nn.functional as F
 
@@ -46,7 +46,7 @@ def main() -> None:
     options = parse_arguments()
     device = torch.device(options.device)
     torch.manual_seed(0)
-    model = timm.create_model(options.model, num_classes=len(shapes.NAMES))
+    model = timm.create_model(options.model, num_classes=len(pictures.NAMES))
     model = model.to(device, memory_format=torch.channels_last)
     accumulator = gk.attach(model, scale=1 / options.micro_batches)
     print(accumulator)
@@ -54,7 +54,7 @@ def main() -> None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, options.windows)
 
     def forward(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images, labels = shapes.draw(options.images, options.size, device, seed)
+        images, labels = pictures.draw(options.images, options.size, device, seed)
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
             return model(images), labels

@@ -15,7 +15,7 @@ import math
 import time
 from pathlib import Path
 
-import shapes
+import pictures
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ def main() -> None:
     monitor = gk.Monitor(accumulator, sinks)
 
     def loss_of(seed: int) -> Tensor:
-        images, _ = shapes.draw(options.images, options.size, device, seed)
+        images, _ = pictures.draw(options.images, options.size, device, seed)
         share = torch.rand(len(images), device=device)
         added = torch.randn_like(images)
         mixed = (1 - share).sqrt()[:, None, None, None] * images

@@ -189,8 +189,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _empty_cache() -> None:
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
