@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from loop_cases import importorskip
 from rank_cases import free_port
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import accumulate_ways  # noqa: E402
 import bench_accumulate  # noqa: E402
+import bench_loops  # noqa: E402
 import bench_monitor  # noqa: E402
 import bench_multi_tensor  # noqa: E402
 import bench_ranks  # noqa: E402
@@ -444,3 +446,18 @@ def test_what_it_costs_to_look(monkeypatch, tmp_path, capsys):
     assert [(r["way"], r["micro_batches"]) for r in rows] == [(w, k) for k in (1, 8) for w in ways]
     assert all(r["window_s"] > 0 for r in rows) and rows[0]["of_micro_batch"] == 0
     assert "Monitor, of a micro-batch, K=8" in capsys.readouterr().out
+
+
+def test_loops_of_libraries_begin_alike(monkeypatch, tmp_path):
+    for library in bench_loops.LOOPS:
+        importorskip(library)
+    path = tmp_path / "loops.json"
+    monkeypatch.setattr(sys, "argv", ["bench_loops", "--device", "cpu", "--json", str(path)])
+    bench_loops.main()
+    found = json.loads(path.read_text())
+    rows = {(r["library"], r["way"]): r for r in found["rows"]}
+    assert found["failures"] == [] and len(rows) == 6
+    for library in bench_loops.LOOPS:
+        alone, integrated = rows[library, "alone"], rows[library, "integration"]
+        assert alone["first_loss"] == integrated["first_loss"]
+        assert alone["window_s"] > 0 < integrated["window_s"]
