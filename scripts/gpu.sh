@@ -9,6 +9,7 @@
 #   hook         what a hook costs the host          queue        adding at once or waiting
 #   master_params  training with float32 masters     counters     what bounds the elementwise kernels
 #   ranks        windows on all GPUs, against DDP and FSDP2
+#   monitor      what it costs to look              loops        loops of libraries, integrated or not
 #
 # Builds the extension in place first, for the GPU that is there, unless one lies there already.
 # Exits with 1 when a part failed; the others run all the same.
@@ -56,6 +57,8 @@ for part in "$@"; do
     ranks)
       benchmark ranks -m torch.distributed.run --nproc_per_node=gpu benchmarks/bench_ranks.py
       ;;
+    monitor) benchmark monitor benchmarks/bench_monitor.py ;;
+    loops) benchmark loops benchmarks/bench_loops.py ;;
     eager) benchmark eager benchmarks/bench_training.py --eager ;;
     *)
       echo "gpu.sh: unknown part $part" >&2
