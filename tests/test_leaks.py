@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import gradacc_kernels as gk
 
-WARM_UP, WINDOWS = 100, 1000
+WARM_UP, WINDOWS = 50, 500
 WARM_UP_ATTACHMENTS, ATTACHMENTS, WINDOWS_OF_ATTACHMENT = 2, 20, 10
 VOCABULARY, WIDTH, INNER = 64, 32, 256
 
@@ -161,7 +161,7 @@ def at_once(monkeypatch):
 @needs_counts
 @every_hook
 @pytest.mark.parametrize("fuse", [False, True], ids=["hook", "fused"])
-def test_memory_is_flat_over_a_thousand_windows(hook, fuse):
+def test_memory_is_flat_over_hundreds_of_windows(hook, fuse):
     training = Training(hook, fuse)
     grown = growth(training.device, training.window)
     assert is_flat(training.device, grown), grown

@@ -82,8 +82,15 @@ def test_fsdp(ranks, name):
 
 @needs_extension
 @pytest.mark.parametrize("name", names("tp_cases.py"))
-@runs("tp_cases.py", (4, "cpu"), (2, "cuda"))
+@runs("tp_cases.py", (2, "cpu"), (2, "cuda"))
 def test_tp(ranks, name):
+    assert_passed(ranks, name)
+
+
+@needs_extension
+@pytest.mark.parametrize("name", names("tp_mesh_cases.py"))
+@runs("tp_mesh_cases.py", (4, "cpu"))
+def test_tp_over_meshes(ranks, name):
     assert_passed(ranks, name)
 
 
