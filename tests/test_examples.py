@@ -16,7 +16,7 @@ SCRIPT = str(ROOT / "examples" / "train_lm.py")
 
 def start(folder, *command):
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    options = ["--quick", "--steps", "10", "--device", "cpu", "--out", str(folder)]
+    options = ["--quick", "--steps", "6", "--device", "cpu", "--out", str(folder)]
     return subprocess.Popen(
         [sys.executable, *command, *options],
         env=env,

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import gradacc_kernels as gk
 
-WARM_UP, WINDOWS = 50, 500
+WARM_UP, WINDOWS = 30, 300
 WARM_UP_ATTACHMENTS, ATTACHMENTS, WINDOWS_OF_ATTACHMENT = 2, 20, 10
 VOCABULARY, WIDTH, INNER = 64, 32, 256
 

@@ -68,14 +68,14 @@ def test_zero(ranks, name):
 
 @needs_extension
 @pytest.mark.parametrize("name", names("copy_cases.py"))
-@runs("copy_cases.py", (2, "cpu"), (4, "cpu"), (2, "cuda"))
+@runs("copy_cases.py", (4, "cpu"), (2, "cuda"))
 def test_copies(ranks, name):
     assert_passed(ranks, name)
 
 
 @needs_extension
 @pytest.mark.parametrize("name", names("fsdp_cases.py"))
-@runs("fsdp_cases.py", (4, "cpu"), (2, "cuda"))
+@runs("fsdp_cases.py", (2, "cpu"), (2, "cuda"))
 def test_fsdp(ranks, name):
     assert_passed(ranks, name)
 
@@ -88,9 +88,9 @@ def test_tp(ranks, name):
 
 
 @needs_extension
-@pytest.mark.parametrize("name", names("tp_mesh_cases.py"))
-@runs("tp_mesh_cases.py", (4, "cpu"))
-def test_tp_over_meshes(ranks, name):
+@pytest.mark.parametrize("name", names("mesh_cases.py"))
+@runs("mesh_cases.py", (4, "cpu"))
+def test_meshes(ranks, name):
     assert_passed(ranks, name)
 
 

@@ -1,7 +1,13 @@
-"""Cases of tp_cases.py over meshes of two dimensions: on 4 ranks both have more than one."""
+"""Cases of tp_cases.py and fsdp_cases.py that 4 ranks are needed for: meshes of two dimensions."""
 
+import fsdp_cases
 import tp_cases
 from rank_cases import case, main
+
+
+@case
+def hybrid_shards(ranks):
+    fsdp_cases.hybrid_shards(ranks)
 
 
 @case
