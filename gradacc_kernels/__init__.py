@@ -5,7 +5,7 @@ from gradacc_kernels.accumulator import Accumulator
 from gradacc_kernels.amp import GradScaler
 from gradacc_kernels.auto_window import AutoWindow, FollowNoise, Schedule, TokenTarget
 from gradacc_kernels.hook import attach
-from gradacc_kernels.micro_batch_size import find_micro_batch_size
+from gradacc_kernels.micro_batch_size import MicroBatchSize, find_micro_batch_size
 from gradacc_kernels.monitor import Monitor
 from gradacc_kernels.noise_scale import NoiseScale
 from gradacc_kernels.optim import MasterParams
@@ -21,6 +21,7 @@ __all__ = [
     "JsonLines",
     "Live",
     "MasterParams",
+    "MicroBatchSize",
     "Monitor",
     "NoiseScale",
     "Schedule",
