@@ -38,7 +38,10 @@ class Reducer:
         has_reduced: whether a reduction has ended since this was last set to False.
         lockstep: compares which windows the ranks reduce; that of the attachment.
         observers: who is told of slices before they are reduced; held weakly.
+        symmetric_bytes: of symmetric memory, which torch.cuda's statistics do not show.
     """
+
+    symmetric_bytes = 0
 
     def __init__(
         self,
@@ -69,8 +72,6 @@ class Reducer:
         self.windows = 0
         self._reduction = 0  # its number, once it has begun
         self.observers: weakref.WeakSet[Observer] = weakref.WeakSet()
-
-    symmetric_bytes = 0  # of symmetric memory, which torch.cuda's statistics do not show
 
     @property
     def nbytes(self) -> int:

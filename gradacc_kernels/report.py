@@ -160,12 +160,12 @@ def _pictures(records: Sequence[dict[str, Any]]) -> list[str]:
     """The panels as SVG; a series that no window has is left out."""
     known = NOT_DRAWN.union(*(keys for _, keys, _ in PANELS))
     others = [key for key in dict.fromkeys(k for r in records for k in r) if key not in known]
-    panels = [("largest norms of parameters", _series_of_largest(records), True)]
+    panels = []
     for title, keys, is_log in (*PANELS, *((key, (key,), False) for key in others)):
         scale = 1e-9 if title.startswith("memory") else 1.0
         series = {key: [_value(r.get(key), scale) for r in records] for key in keys}
         panels.append((title, series, is_log))
-    panels.insert(0, panels.pop(1))
+    panels.insert(1, ("largest norms of parameters", _series_of_largest(records), True))
     steps = [r["step"] for r in records]
     bad = [r["step"] for r in records if r["found_inf"]]
     drawn = [

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch.autograd.graph import increment_version
 
+from gradacc_kernels.triton_kernels import _on
+
 ELEMENTS = 2048  # of a chunk
 ROWS = 8  # the chunks that a program marks
 BLOCK = 1024  # those that one lists
@@ -100,11 +102,6 @@ def _gather_kernel(mains_ptr, rank, chunks_ptr, count_ptr, part, n_elements, CHU
 def num_chunks(numel):
     """Returns the number of chunks of so many elements."""
     return -(-numel // ELEMENTS)
-
-
-def _on(device):
-    """Makes a device current, for Triton launches on the current one."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
 def mean_(main, others):

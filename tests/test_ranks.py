@@ -24,10 +24,10 @@ def gpus(count):
     return [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < count, reason=reason)]
 
 
-def runs(script, *pairs):
-    """Parametrises `ranks` by a file of cases, run by so many ranks on these devices."""
+def params_of(script, *pairs):
+    """A file of cases, run by so many ranks on these devices: parameters of `ranks`."""
     backends = {"cpu": "gloo", "cuda": "nccl"}
-    params = [
+    return [
         pytest.param(
             (script, world_size, device),
             marks=gpus(world_size) if device == "cuda" else [],
@@ -35,7 +35,11 @@ def runs(script, *pairs):
         )
         for world_size, device in pairs
     ]
-    return pytest.mark.parametrize("ranks", params, indirect=True)
+
+
+def runs(script, *pairs):
+    """Parametrises `ranks`."""
+    return pytest.mark.parametrize("ranks", params_of(script, *pairs), indirect=True)
 
 
 def assert_passed(ranks, name):
@@ -45,52 +49,29 @@ def assert_passed(ranks, name):
         assert result[name] is None, f"rank {rank}: {result[name]}"
 
 
+RUNS = {
+    "rank_cases.py": ((2, "cpu"), (4, "cpu"), (2, "cuda")),
+    "ddp_cases.py": ((2, "cpu"), (2, "cuda")),
+    "zero_cases.py": ((2, "cpu"), (4, "cpu"), (2, "cuda")),
+    "copy_cases.py": ((4, "cpu"), (2, "cuda")),
+    "fsdp_cases.py": ((2, "cpu"), (2, "cuda")),
+    "tp_cases.py": ((2, "cpu"), (2, "cuda")),
+    "mesh_cases.py": ((4, "cpu"),),
+}
+
+
 @needs_extension
-@pytest.mark.parametrize("name", names("rank_cases.py"))
-@runs("rank_cases.py", (2, "cpu"), (4, "cpu"), (2, "cuda"))
+@pytest.mark.parametrize(
+    "ranks, name",
+    [
+        pytest.param(run.values[0], name, marks=run.marks, id=f"{script[:-9]}-{run.id}-{name}")
+        for script, pairs in RUNS.items()
+        for run in params_of(script, *pairs)
+        for name in names(script)
+    ],
+    indirect=["ranks"],
+)
 def test_case(ranks, name):
-    assert_passed(ranks, name)
-
-
-@needs_extension
-@pytest.mark.parametrize("name", names("ddp_cases.py"))
-@runs("ddp_cases.py", (2, "cpu"), (2, "cuda"))
-def test_ddp(ranks, name):
-    assert_passed(ranks, name)
-
-
-@needs_extension
-@pytest.mark.parametrize("name", names("zero_cases.py"))
-@runs("zero_cases.py", (2, "cpu"), (4, "cpu"), (2, "cuda"))
-def test_zero(ranks, name):
-    assert_passed(ranks, name)
-
-
-@needs_extension
-@pytest.mark.parametrize("name", names("copy_cases.py"))
-@runs("copy_cases.py", (4, "cpu"), (2, "cuda"))
-def test_copies(ranks, name):
-    assert_passed(ranks, name)
-
-
-@needs_extension
-@pytest.mark.parametrize("name", names("fsdp_cases.py"))
-@runs("fsdp_cases.py", (2, "cpu"), (2, "cuda"))
-def test_fsdp(ranks, name):
-    assert_passed(ranks, name)
-
-
-@needs_extension
-@pytest.mark.parametrize("name", names("tp_cases.py"))
-@runs("tp_cases.py", (2, "cpu"), (2, "cuda"))
-def test_tp(ranks, name):
-    assert_passed(ranks, name)
-
-
-@needs_extension
-@pytest.mark.parametrize("name", names("mesh_cases.py"))
-@runs("mesh_cases.py", (4, "cpu"))
-def test_meshes(ranks, name):
     assert_passed(ranks, name)
 
 
