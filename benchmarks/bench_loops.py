@@ -5,8 +5,8 @@
 A Llama of transformers in the shape of Llama-3.2-1B, float32 parameters under bfloat16 autocast,
 windows of K micro-batches of T random tokens, clipping, fused AdamW (foreach under Lightning, which
 clips no gradients of fused ones). Each loop runs a few windows as its users write it. Time is that
-of a window, the median of all but the first ones; memory the peak of torch's allocator. The losses
-of all ways of a library begin alike: they are compared.
+of a window, the median of all but the first ones; memory the peak of torch's allocator. All ways of
+a library see the same model and micro-batches, so that their losses can be compared.
 """
 
 from __future__ import annotations
@@ -105,21 +105,18 @@ class Texts(Dataset):
 
 
 class Clock:
-    """When windows ended, and the loss of the first micro-batch."""
+    """When windows ended, and the losses of micro-batches."""
 
     def __init__(self, device: torch.device):
-        self.device, self.ends, self.first_loss = device, [], None
+        self.device = device
+        self.ends: list[float] = []
+        self.losses: list[Tensor] = []
 
     def tick(self) -> None:
         """A window has ended."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
-
-    def see(self, loss: Tensor) -> None:
-        """A micro-batch has this loss."""
-        if self.first_loss is None:
-            self.first_loss = loss.item()
 
     def seconds(self) -> float:
         """Of a window."""
@@ -128,13 +125,17 @@ class Clock:
 
 
 def build(plan: Plan, clock: Clock) -> nn.Module:
-    """Returns the model, whose losses the clock sees."""
+    """Returns the model, whose losses the clock keeps."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     with clock.device:
         model = LlamaForCausalLM(LlamaConfig(**plan.config, max_position_embeddings=plan.tokens))
-    model.register_forward_hook(lambda module, inputs, output: clock.see(output.loss.detach()))
+
+    def see(module, inputs, output):
+        clock.losses.append(output.loss.detach())
+
+    model.register_forward_hook(see)
     return model
 
 
@@ -247,7 +248,7 @@ def measure(library: str, is_integrated: bool, plan: Plan, device: torch.device)
     row = {"library": library, "way": "integration" if is_integrated else "alone"}
     row |= {"tokens": plan.tokens, "micro_batches": plan.micro_batches, "window_s": seconds}
     row["tokens_per_s"] = plan.tokens * plan.micro_batches / seconds
-    row["first_loss"] = clock.first_loss
+    row |= {"first_loss": clock.losses[0].item(), "last_loss": clock.losses[-1].item()}
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     return row | {"allocated_bytes": peak}
 
@@ -266,6 +267,7 @@ COLUMNS: report.Columns = {
     "tokens/s": lambda r: f"{r['tokens_per_s']:.0f}",
     "peak GB": lambda r: gigabytes(r["allocated_bytes"]),
     "first loss": lambda r: f"{r['first_loss']:.5f}",
+    "last loss": lambda r: f"{r['last_loss']:.5f}",
 }
 
 

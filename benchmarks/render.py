@@ -24,6 +24,8 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end generated -->
     queue DEVICE              adding at once or waiting for a common launch: queue_DEVICE.json
     counters DEVICE           what bounds the elementwise kernels: counters_DEVICE.json
     master_params DEVICE      losses with float32 masters: master_params_DEVICE.json
+    monitor DEVICE            what it costs to look: monitor_DEVICE.json
+    loops DEVICE              loops of libraries, with their integrations or not: loops_DEVICE.json
     ranks DEVICE              windows on several GPUs: ranks_DEVICE.json
     ranks DEVICE buckets      the sizes of buckets
     ranks DEVICE blocks       what of a reduction is not hidden
@@ -689,6 +691,35 @@ def counters_block(device: str) -> str:
 FAMILIES_OF_RANKS = {"bf16": "bfloat16 parameters", "autocast": "autocast", "fsdp2": ""}
 
 
+def monitor_block(device: str) -> str:
+    """Returns the block ``monitor DEVICE``."""
+    results = load(f"monitor_{device}")
+    columns = ["window", "tokens, micro-batches", "time", "more, of a micro-batch"]
+    lines = []
+    for r in results["rows"]:
+        line = [r["way"], f"{r['tokens']}, {r['micro_batches']}", duration(1e6 * r["window_s"])]
+        lines.append([*line, "" if r["way"] == "nothing" else f"{r['of_micro_batch']:+.2%}"])
+    return table(columns, lines, results)
+
+
+def loops_block(device: str) -> str:
+    """Returns the block ``loops DEVICE``."""
+    results = load(f"loops_{device}")
+    columns = ["loop", "tokens/s", "over the library's", "peak GB", "first loss", "last loss"]
+    alone = {r["library"]: r for r in results["rows"] if r["way"] == "alone"}
+    lines = []
+    for r in results["rows"]:
+        is_alone = r["way"] == "alone"
+        peak = "" if r["allocated_bytes"] is None else f"{r['allocated_bytes'] / 1e9:.1f}"
+        ratio = ""
+        if not is_alone and r["library"] in alone:
+            ratio = f"{r['tokens_per_s'] / alone[r['library']]['tokens_per_s']:.3f}"
+        line = [f"{r['library']}, {r['way']}", f"{r['tokens_per_s']:,.0f}", ratio, peak]
+        line += [f"{r['first_loss']:.4f}", f"{r['last_loss']:.4f}"]
+        lines.append(line if is_alone else bold(line))
+    return table(columns, lines, results)
+
+
 def ranks_block(device: str, *options: str) -> str:
     """Returns the block ``ranks DEVICE [buckets|blocks|costs|model]``."""
     tables = {
@@ -847,6 +878,8 @@ BLOCKS = {
     "hook": hook_block,
     "queue": queue_block,
     "counters": counters_block,
+    "monitor": monitor_block,
+    "loops": loops_block,
     "ranks": ranks_block,
 }
 

@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import zlib
@@ -158,20 +159,39 @@ def queueing(request, monkeypatch):
     return request.param
 
 
-def _run_ranks(folder, script, world_size, device):
-    """Runs a file of cases; returns its folder, what each rank says of each case, and stderr."""
+RANKS_MAY_TAKE = 300  # seconds
+
+
+def gpus_of(world_size, way):
+    """How many GPUs so many ranks need, in a way of rank_cases.py."""
+    return {"cpu": 0, "shared": 1, "cuda": world_size}[way]
+
+
+def _run_ranks(folder, script, world_size, way):
+    """Runs a file of cases; returns its folder, what each rank says of each case, and stderr.
+
+    Where a rank dies, or all take too long, that is what they have said until then.
+    """
     here = Path(__file__).parent
     path = os.pathsep.join(map(str, (here, here.parent)))
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    if device == "cpu":
+    if way == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""  # torch refuses to fork a process that has used a GPU
-    command = [sys.executable, str(here / script), str(folder), str(world_size), device]
-    done = subprocess.run(command, env=env, timeout=400, capture_output=True, text=True)
+    command = [sys.executable, str(here / script), str(folder), str(world_size), way]
+    process = subprocess.Popen(
+        command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        _, stderr = process.communicate(timeout=RANKS_MAY_TAKE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stderr = process.communicate()[1] + f"\nended after {RANKS_MAY_TAKE} s"
     results = []
     for rank in range(world_size):
-        lines = (folder / str(rank)).read_text().splitlines() if done.returncode == 0 else []
+        path = folder / str(rank)
+        lines = path.read_text().splitlines() if path.exists() else []
         results.append({r["case"]: r["failure"] for r in map(json.loads, lines)})
-    return folder, results, done.stderr
+    return folder, results, stderr
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -189,7 +209,7 @@ def _rank_runs(request, tmp_path_factory):
             return executor.submit(_run_ranks, tmp_path_factory.mktemp("ranks"), *param)
 
         for param in params if "PYTEST_XDIST_WORKER" not in os.environ else ():
-            if param is not None and (param[2] == "cpu" or torch.cuda.device_count() >= param[1]):
+            if param is not None and torch.cuda.device_count() >= gpus_of(*param[1:]):
                 begin(param)
         yield begin
         executor.shutdown(cancel_futures=True)

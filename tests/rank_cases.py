@@ -1,10 +1,11 @@
 """What several ranks do together: cases that every rank of a process group runs, one by one.
 
-    python tests/rank_cases.py FOLDER WORLD_SIZE [cpu|cuda]        (or tests/zero_cases.py)
+    python tests/rank_cases.py FOLDER WORLD_SIZE [cpu|cuda|shared]        (or tests/zero_cases.py)
 
-starts the ranks, as forks of this process on the CPU and as processes of their own on GPUs. Rank r
-writes a line of JSON for each case to FOLDER/r: its name, and the traceback where it failed. Other
-files of cases call main() too, which runs the cases of the file that was started.
+starts the ranks: on the CPU over gloo, as forks of this process; on a GPU each over NCCL; or over
+gloo on one GPU that they share, where NCCL refuses to work. Rank r writes a line of JSON for each
+case to FOLDER/r: its name, and the traceback where it failed. Other files of cases call main() too,
+which runs the cases of the file that was started.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 import gradacc_kernels as gk
 from gradacc_kernels import stalls
 
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "shared": "gloo"}
 CASES = {}  # those of each file, by its module
 
 
@@ -162,12 +164,12 @@ def mean_local(ranks, model, count):
 
 @case
 def a_process_group_of_several_backends(ranks):
-    is_cpu = ranks.device.type == "cpu"
-    group = dist.new_group(backend="cpu:gloo" if is_cpu else "cpu:gloo,cuda:nccl")
+    is_nccl = dist.get_backend() == "nccl"
+    group = dist.new_group(backend="cpu:gloo,cuda:nccl" if is_nccl else "cpu:gloo,cuda:gloo")
     model = ranks.model()
     expected = mean_sum(ranks, model, 1)
     accumulator = gk.attach(model, process_group=group)
-    assert accumulator._attachment.reducer._averages == (not is_cpu)
+    assert accumulator._attachment.reducer._averages == is_nccl
     backward(model, ranks.batches(1)[0])
     assert_reduced(ranks, model, expected)
     accumulator.detach()
@@ -851,20 +853,21 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run(rank, world_size, folder, device, port):
+def run(rank, world_size, folder, way, port):
     """Runs all cases as one rank."""
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
-    if device == "cuda":
-        torch.cuda.set_device(rank)
+    device = torch.device("cpu")
+    if way != "cpu":
+        device = torch.device("cuda", rank if way == "cuda" else 0)
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo" if device == "cpu" else "nccl",
+        BACKENDS[way],
         f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=60),
     )
-    device = torch.device(device, rank if device == "cuda" else None)
     ranks = Ranks(rank, world_size, device, folder)
     with (folder / str(rank)).open("w", buffering=1) as results:
         for name, function in CASES["__main__"].items():
@@ -881,13 +884,13 @@ def run(rank, world_size, folder, device, port):
 
 
 def main():
-    folder, world_size, device = Path(sys.argv[1]), int(sys.argv[2]), (sys.argv + ["cpu"])[3]
+    folder, world_size, way = Path(sys.argv[1]), int(sys.argv[2]), (sys.argv + ["cpu"])[3]
     if len(sys.argv) > 4:
-        run(int(sys.argv[5]), world_size, folder, device, int(sys.argv[4]))
+        run(int(sys.argv[5]), world_size, folder, way, int(sys.argv[4]))
         os._exit(0)
     port = free_port()
-    if device == "cuda":
-        command = [sys.executable, sys.argv[0], str(folder), str(world_size), device, str(port)]
+    if way != "cpu":
+        command = [sys.executable, sys.argv[0], str(folder), str(world_size), way, str(port)]
         children = [subprocess.Popen([*command, str(rank)]) for rank in range(world_size)]
         sys.exit(max(child.wait() for child in children))
     torch.set_num_threads(1)  # the threads of OpenMP do not outlive a fork
@@ -895,7 +898,7 @@ def main():
     for rank in range(world_size):
         child = os.fork()
         if child == 0:
-            run(rank, world_size, folder, device, port)
+            run(rank, world_size, folder, way, port)
             os._exit(0)
         children.append(child)
     sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))

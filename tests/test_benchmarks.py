@@ -437,7 +437,7 @@ def test_targets_of_ranks_are_set_against_the_faster_peer():
 
 
 def test_what_it_costs_to_look(monkeypatch, tmp_path, capsys):
-    path = tmp_path / "monitor.json"
+    path = tmp_path / "monitor_x.json"
     options = ["--device", "cpu", "--seconds", "0", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", ["bench_monitor", *options])
     bench_monitor.main()
@@ -446,12 +446,14 @@ def test_what_it_costs_to_look(monkeypatch, tmp_path, capsys):
     assert [(r["way"], r["micro_batches"]) for r in rows] == [(w, k) for k in (1, 8) for w in ways]
     assert all(r["window_s"] > 0 for r in rows) and rows[0]["of_micro_batch"] == 0
     assert "Monitor, of a micro-batch, K=8" in capsys.readouterr().out
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    assert f"| {rows[-1]['of_micro_batch']:+.2%} |" in render.monitor_block("x")
 
 
 def test_loops_of_libraries_begin_alike(monkeypatch, tmp_path):
     for library in bench_loops.LOOPS:
         importorskip(library)
-    path = tmp_path / "loops.json"
+    path = tmp_path / "loops_x.json"
     monkeypatch.setattr(sys, "argv", ["bench_loops", "--device", "cpu", "--json", str(path)])
     bench_loops.main()
     found = json.loads(path.read_text())
@@ -460,4 +462,8 @@ def test_loops_of_libraries_begin_alike(monkeypatch, tmp_path):
     for library in bench_loops.LOOPS:
         alone, integrated = rows[library, "alone"], rows[library, "integration"]
         assert alone["first_loss"] == integrated["first_loss"]
+        assert alone["last_loss"] == pytest.approx(integrated["last_loss"], rel=1e-4)
         assert alone["window_s"] > 0 < integrated["window_s"]
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    ratio = integrated["tokens_per_s"] / alone["tokens_per_s"]
+    assert f"**{ratio:.3f}**" in render.loops_block("x")

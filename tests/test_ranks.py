@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import zero_cases
+from conftest import gpus_of
 from hook_cases import needs_extension
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -20,20 +21,22 @@ def names(script):
 
 
 def gpus(count):
+    if count == 0:
+        return []
     reason = f"fewer than {count} CUDA devices are visible"
     return [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < count, reason=reason)]
 
 
 def params_of(script, *pairs):
-    """A file of cases, run by so many ranks on these devices: parameters of `ranks`."""
-    backends = {"cpu": "gloo", "cuda": "nccl"}
+    """A file of cases, run by so many ranks in these ways: parameters of `ranks`."""
+    ids = {"cpu": "gloo", "cuda": "nccl", "shared": "one-gpu"}
     return [
         pytest.param(
-            (script, world_size, device),
-            marks=gpus(world_size) if device == "cuda" else [],
-            id=f"{world_size}-{backends[device]}",
+            (script, world_size, way),
+            marks=gpus(gpus_of(world_size, way)),
+            id=f"{world_size}-{ids[way]}",
         )
-        for world_size, device in pairs
+        for world_size, way in pairs
     ]
 
 
@@ -50,12 +53,12 @@ def assert_passed(ranks, name):
 
 
 RUNS = {
-    "rank_cases.py": ((2, "cpu"), (4, "cpu"), (2, "cuda")),
-    "ddp_cases.py": ((2, "cpu"), (2, "cuda")),
-    "zero_cases.py": ((2, "cpu"), (4, "cpu"), (2, "cuda")),
+    "rank_cases.py": ((2, "cpu"), (4, "cpu"), (2, "shared"), (2, "cuda")),
+    "ddp_cases.py": ((2, "cpu"), (2, "shared"), (2, "cuda")),
+    "zero_cases.py": ((2, "cpu"), (4, "cpu"), (2, "shared"), (2, "cuda")),
     "copy_cases.py": ((4, "cpu"), (2, "cuda")),
-    "fsdp_cases.py": ((2, "cpu"), (2, "cuda")),
-    "tp_cases.py": ((2, "cpu"), (2, "cuda")),
+    "fsdp_cases.py": ((2, "cpu"), (2, "shared"), (2, "cuda")),
+    "tp_cases.py": ((2, "cpu"), (2, "shared"), (2, "cuda")),
     "mesh_cases.py": ((4, "cpu"),),
 }
 
