@@ -206,7 +206,8 @@ def norms_and_clips_are_those_of_the_whole_model(ranks):
         if param.grad is not None:
             torch.testing.assert_close(names[name], param.grad.full_tensor().norm())
     local = torch.stack([g.norm() for g in grads(stock).values()]).norm()
-    assert (local - expected).abs() > 1e-3 * expected, "one shard alone has that norm"
+    if ranks.world_size > 1:
+        assert (local - expected).abs() > 1e-3 * expected, "one shard alone has that norm"
     ours = accumulator.clip_grad_norm_(0.01)
     theirs = torch.nn.utils.clip_grad_norm_(stock.parameters(), 0.01).full_tensor()
     torch.testing.assert_close(ours, theirs)

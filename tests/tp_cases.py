@@ -206,7 +206,8 @@ def norms_and_clips_are_those_of_one_process(ranks):
         grads = {name: param.grad for name, param in expected.named_parameters()}
         norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
         alone = torch.stack([local(p.grad).norm() for p in model.parameters()]).norm()
-        assert (alone - norm).abs() > 1e-2 * norm, "the shards of one rank have that norm"
+        if ranks.world_size > 1:
+            assert (alone - norm).abs() > 1e-2 * norm, "the shards of one rank have that norm"
         for from_statistics in (False, True):
             close(accumulator.grad_norm(from_statistics=from_statistics), norm)
             for name, value in accumulator.grad_norms(from_statistics=from_statistics).items():
@@ -451,6 +452,8 @@ def a_main_gradient_that_is_wrapped_as_partial_is_summed(ranks):
 
 @case
 def a_gradient_that_is_partial_over_one_dimension_of_a_mesh(ranks):
+    if ranks.world_size == 1:
+        return
     shape = (2, ranks.world_size // 2)
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("dp", "tp"))
     of_param, of_grad = (Replicate(), Shard(0)), (Partial(), Shard(0))
@@ -636,6 +639,8 @@ def fused_modules_beside_parallel_ones(ranks):
 
 @case
 def modules_that_are_made_parallel_after_attach_are_refused(ranks):
+    if ranks.world_size == 1:
+        return  # its shards are whole
     model = whole(torch.bfloat16).to(ranks.device)
     accumulator = gk.attach(model)
     parallelize_module(model, mesh_of(ranks), {"mlp.0": ColwiseParallel()})
@@ -666,7 +671,7 @@ def a_saved_window_goes_on_bit_for_bit(ranks):
             assert type(twin.grad) is type(param.grad)
             assert local(param.grad).equal(local(twin.grad))
         before = [local(p.grad).clone() for p in other.parameters()]
-        state["main_grad.mlp.0.weight"] = torch.zeros(32, WIDTH)
+        state["main_grad.mlp.0.weight"] = torch.zeros(64, WIDTH)
         with pytest.raises(ValueError, match="mlp.0.weight must be"):
             resumed.load_state_dict(state)
         assert all(local(p.grad).equal(b) for p, b in zip(other.parameters(), before, strict=True))
@@ -675,6 +680,8 @@ def a_saved_window_goes_on_bit_for_bit(ranks):
 @case
 def data_parallel_beside_tensor_parallel(ranks):
     """Half of the ranks have the one batch, half of them the other one."""
+    if ranks.world_size == 1:
+        return
     shape = (2, ranks.world_size // 2)
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("dp", "tp"))
     replica = mesh.get_local_rank("dp")
@@ -825,6 +832,8 @@ def a_cast_of_an_attached_model_is_refused(ranks):
 
 @case
 def fully_shard_over_tensor_parallel_is_refused(ranks):
+    if ranks.world_size == 1:
+        return
     mesh = init_device_mesh(
         ranks.device.type, (ranks.world_size // 2, 2), mesh_dim_names=("dp", "tp")
     )
