@@ -4,21 +4,22 @@
 
 A Llama of transformers in the shape of Llama-3.2-1B, float32 parameters under bfloat16 autocast,
 windows of K micro-batches of T random tokens, clipping, fused AdamW (foreach under Lightning, which
-clips no gradients of fused ones). Each loop runs a few windows as its users write it. Time is that
-of a window, the median of all but the first ones; memory the peak of torch's allocator. All ways of
-a library see the same model and micro-batches, so that their losses can be compared.
+clips no gradients of fused ones). Each loop runs a few windows as its users write it, in several
+rounds, because the speed of a host drifts. Time is that of a window, the median of all but a run's
+first ones; memory the peak of torch's allocator. All ways of a library see the same model and
+micro-batches, so that their losses can be compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import report
@@ -33,7 +34,7 @@ import gradacc_kernels as gk
 WARM_UP = 3
 METHOD = {
     "window": "K micro-batches, clipping at 1.0, a step of AdamW",
-    "time": "wall clock between the ends of windows, median",
+    "time": "wall clock between the ends of windows, median of all rounds",
     "memory": "the peak of torch's allocator",
 }
 
@@ -55,34 +56,29 @@ class Plan:
     windows: int
 
 
+LLAMA = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}
+TOY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 PLANS = {
-    "cuda": Plan(
-        {
-            "vocab_size": 128256,
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "tie_word_embeddings": True,
-        },
-        tokens=1024,
-        micro_batches=8,
-        windows=12,
-    ),
-    "cpu": Plan(
-        {
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-        },
-        tokens=8,
-        micro_batches=2,
-        windows=WARM_UP + 1,
-    ),
+    "cuda": [
+        Plan(LLAMA, tokens=1024, micro_batches=8, windows=10),
+        Plan(LLAMA, tokens=4096, micro_batches=4, windows=8),
+    ],
+    "cpu": [Plan(TOY, tokens=8, micro_batches=2, windows=WARM_UP + 1)],
 }
 
 
@@ -118,10 +114,10 @@ class Clock:
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
-    def seconds(self) -> float:
-        """Of a window."""
+    def seconds(self) -> list[float]:
+        """Of each window but the first ones."""
         times = [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
-        return statistics.median(times[WARM_UP - 1 :])
+        return times[WARM_UP - 1 :]
 
 
 def build(plan: Plan, clock: Clock) -> nn.Module:
@@ -238,19 +234,32 @@ LOOPS: dict[str, Callable[[Plan, Clock, bool, Path], None]] = {
 
 
 def measure(library: str, is_integrated: bool, plan: Plan, device: torch.device) -> dict:
-    """Returns the row of a loop."""
+    """Runs a loop; returns the seconds of its windows, and what else belongs in its row."""
     clock = Clock(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
         LOOPS[library](plan, clock, is_integrated, Path(folder))
-    seconds = clock.seconds()
-    row = {"library": library, "way": "integration" if is_integrated else "alone"}
-    row |= {"tokens": plan.tokens, "micro_batches": plan.micro_batches, "window_s": seconds}
-    row["tokens_per_s"] = plan.tokens * plan.micro_batches / seconds
-    row |= {"first_loss": clock.losses[0].item(), "last_loss": clock.losses[-1].item()}
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    return row | {"allocated_bytes": peak}
+    return {
+        "library": library,
+        "way": "integration" if is_integrated else "alone",
+        "tokens": plan.tokens,
+        "micro_batches": plan.micro_batches,
+        "windows_s": clock.seconds(),
+        "first_loss": clock.losses[0].item(),
+        "last_loss": clock.losses[-1].item(),
+        "allocated_bytes": peak,
+    }
+
+
+def row_of(runs: list[dict]) -> dict:
+    """Returns the row of the runs of one loop, of all rounds."""
+    windows = [seconds for run in runs for seconds in run["windows_s"]]
+    seconds, last = statistics.median(windows), runs[-1]
+    row = last | {"windows_s": windows, "window_s": seconds}
+    row["tokens_per_s"] = last["tokens"] * last["micro_batches"] / seconds
+    return row
 
 
 def gigabytes(nbytes: int | None) -> str:
@@ -276,18 +285,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     parser.add_argument("--libraries", default=",".join(LOOPS))
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, help="results file to write")
     options = parser.parse_args()
     device = torch.device(report.device(parser, options.device))
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    rows: list[dict] = []
+    loops = list(itertools.product(PLANS[device.type], options.libraries.split(","), (False, True)))
+    runs: dict[int, list[dict]] = {}
     failures: list[str] = []
-    for library in options.libraries.split(","):
-        for is_integrated in (False, True):
-            call = partial(measure, library, is_integrated, PLANS[device.type], device)
+    for _ in range(options.rounds):
+        for index, (plan, library, is_integrated) in enumerate(loops):
             with report.survived(f"{library}, integrated: {is_integrated}", failures):
-                rows.append(call())
+                runs.setdefault(index, []).append(measure(library, is_integrated, plan, device))
             release()
+    rows = [row_of(runs[index]) for index in sorted(runs)]
     if rows:
         print(report.table(rows, COLUMNS, n_text=2))
     if options.json is not None:

@@ -694,11 +694,16 @@ FAMILIES_OF_RANKS = {"bf16": "bfloat16 parameters", "autocast": "autocast", "fsd
 def monitor_block(device: str) -> str:
     """Returns the block ``monitor DEVICE``."""
     results = load(f"monitor_{device}")
-    columns = ["window", "tokens, micro-batches", "time", "more, of a micro-batch"]
+    columns = ["window, T tokens in each of K", "time", "host", "GPU", "of a micro-batch"]
     lines = []
     for r in results["rows"]:
-        line = [r["way"], f"{r['tokens']}, {r['micro_batches']}", duration(1e6 * r["window_s"])]
-        lines.append([*line, "" if r["way"] == "nothing" else f"{r['of_micro_batch']:+.2%}"])
+        what = f"{r['way']}, T={r['tokens']}, K={r['micro_batches']}"
+        line = [what, duration(1e6 * r["window_s"])]
+        if r["way"] == "nothing":
+            lines.append([*line, "", "", ""])
+            continue
+        looking = [duration(1e6 * r["host_s"]), duration(1e6 * r["gpu_s"])]
+        lines.append([*line, *looking, f"{r['of_micro_batch']:.2%}"])
     return table(columns, lines, results)
 
 
@@ -706,14 +711,16 @@ def loops_block(device: str) -> str:
     """Returns the block ``loops DEVICE``."""
     results = load(f"loops_{device}")
     columns = ["loop", "tokens/s", "over the library's", "peak GB", "first loss", "last loss"]
-    alone = {r["library"]: r for r in results["rows"] if r["way"] == "alone"}
-    lines = []
+    alone = {(r["tokens"], r["library"]): r for r in results["rows"] if r["way"] == "alone"}
+    lines, tokens = [], None
     for r in results["rows"]:
-        is_alone = r["way"] == "alone"
+        if r["tokens"] != tokens:
+            tokens = r["tokens"]
+            title = f"*{tokens:,} tokens a micro-batch, {r['micro_batches']} a window*"
+            lines.append([title, *(5 * [""])])
+        is_alone, peer = r["way"] == "alone", alone.get((tokens, r["library"]))
         peak = "" if r["allocated_bytes"] is None else f"{r['allocated_bytes'] / 1e9:.1f}"
-        ratio = ""
-        if not is_alone and r["library"] in alone:
-            ratio = f"{r['tokens_per_s'] / alone[r['library']]['tokens_per_s']:.3f}"
+        ratio = "" if is_alone or peer is None else f"{peer['window_s'] / r['window_s']:.3f}"
         line = [f"{r['library']}, {r['way']}", f"{r['tokens_per_s']:,.0f}", ratio, peak]
         line += [f"{r['first_loss']:.4f}", f"{r['last_loss']:.4f}"]
         lines.append(line if is_alone else bold(line))

@@ -154,8 +154,11 @@ class Monitor:
         self._step += 1
         memory = {}
         if devices:
-            memory["cuda_bytes"] = sum(map(torch.cuda.memory_allocated, devices))
-            memory["cuda_peak_bytes"] = sum(map(torch.cuda.max_memory_allocated, devices))
+            # torch.cuda.memory_allocated makes a sorted table of all statistics, twice.
+            stats = map(torch.cuda.memory_stats_as_nested_dict, devices)
+            allocated = [each["allocated_bytes"]["all"] for each in stats]
+            memory["cuda_bytes"] = sum(each["current"] for each in allocated)
+            memory["cuda_peak_bytes"] = sum(each["peak"] for each in allocated)
         self._writer.add(snapshot, known, memory | extras)
 
     def flush(self) -> None:

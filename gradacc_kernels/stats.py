@@ -8,10 +8,10 @@ bytes a parameter and a few numbers more. What is made of it is computed by the 
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ class Stats:
     Attributes:
         is_closed: whether the window is one that a step of an optimizer has closed.
         norm: of all gradients, of the average; NaN where an element is not finite.
-        norms: of each parameter that has a gradient, by its name.
         found_inf: whether an element of a gradient is inf or NaN.
         nonfinite: the names of the parameters that have such an element.
         micro_batches: how many backwards the window has had, on this rank.
@@ -44,7 +43,6 @@ class Stats:
 
     is_closed: bool
     norm: float
-    norms: dict[str, float] = field(repr=False)
     found_inf: bool
     nonfinite: tuple[str, ...]
     micro_batches: int
@@ -55,15 +53,22 @@ class Stats:
     windows: int
     skipped_windows: int
     skipped_micro_batches: int
+    _names: list[str] = field(repr=False)
+    _norms: list[float] = field(repr=False)
+
+    @cached_property
+    def norms(self) -> dict[str, float]:
+        """The norm of each parameter that has a gradient, by its name."""
+        return dict(zip(self._names, self._norms, strict=True))
 
     def largest(self, n: int = 5) -> dict[str, float]:
         """Returns the n largest norms of parameters, the largest first; NaN before all others."""
-        names = heapq.nlargest(n, self.norms, key=lambda name: _order(self.norms[name]))
-        return {name: self.norms[name] for name in names}
-
-
-def _order(norm: float) -> tuple[bool, float]:
-    return (True, 0.0) if math.isnan(norm) else (False, norm)
+        norms = self._norms
+        if not self.found_inf:
+            indices = sorted(range(len(norms)), key=norms.__getitem__, reverse=True)
+        else:
+            indices = sorted(range(len(norms)), key=lambda i: (norms[i] == norms[i], -norms[i]))
+        return {self._names[index]: norms[index] for index in indices[:n]}
 
 
 class Snapshot:
@@ -112,12 +117,12 @@ class Snapshot:
             "skipped_windows": window.skipped_windows,
             "skipped_micro_batches": window.skipped_micro_batches,
         }
-        pieces = [([("sum", name) for name in names], sums) for names, sums in measured.parts]
-        pieces += [([("number", k)], v) for k, v in numbers.items() if v is not None]
-        pieces += [([("extra", k)], v) for k, v in (extras or {}).items()]
+        pieces = [("sum", names, sums) for names, sums in measured.parts]
+        pieces += [("number", [k], v) for k, v in numbers.items() if v is not None]
+        pieces += [("extra", [k], v) for k, v in (extras or {}).items()]
         by_device: dict[torch.device, list] = {}
-        for keys, values in pieces:
-            by_device.setdefault(values.device, []).append((keys, values.reshape(-1)))
+        for piece in pieces:
+            by_device.setdefault(piece[2].device, []).append(piece)
         self._copies = [_Copy(members) for members in by_device.values()]
 
     def is_here(self) -> bool:
@@ -126,20 +131,28 @@ class Snapshot:
 
     def read(self) -> tuple[Stats, dict[str, float]]:
         """Returns it, and the extras; waits until they are here."""
-        found: dict[str, dict[str, float]] = {"sum": {}, "number": {}, "extra": {}}
+        names: list[str] = []
+        sums: list[float] = []
+        found: dict[str, dict[str, float]] = {"number": {}, "extra": {}}
         for copy in self._copies:
-            for (kind, name), value in copy.read():
-                found[kind][name] = value
-        return self._stats(found["sum"], found["number"]), found["extra"]
+            for kind, keys, values in copy.read():
+                if kind == "sum":
+                    names += keys
+                    sums += values
+                else:
+                    found[kind][keys[0]] = values[0]
+        return self._stats(names, sums, found["number"]), found["extra"]
 
-    def _stats(self, sums: dict[str, float], numbers: dict[str, float]) -> Stats:
+    def _stats(self, names: list[str], sums: list[float], numbers: dict[str, float]) -> Stats:
         divisor = numbers.get("divisor", 1.0)
-        nonfinite = tuple(name for name, value in sums.items() if math.isnan(value))
+        total = sum(sums)
+        nonfinite: tuple[str, ...] = ()
+        if math.isnan(total):
+            nonfinite = tuple(n for n, value in zip(names, sums, strict=True) if math.isnan(value))
         inv_scale = numbers["inv_scale"]
         return Stats(
             is_closed=self._is_closed,
-            norm=math.sqrt(sum(sums.values())) / divisor,
-            norms={name: math.sqrt(value) / divisor for name, value in sums.items()},
+            norm=math.sqrt(total) / divisor,
             found_inf=bool(nonfinite),
             nonfinite=nonfinite,
             micro_batches=self._micro_batches,
@@ -150,17 +163,19 @@ class Snapshot:
             windows=self._windows,
             skipped_windows=int(numbers["skipped_windows"]),
             skipped_micro_batches=int(numbers["skipped_micro_batches"]),
+            _names=names,
+            _norms=[math.sqrt(value) / divisor for value in sums],
         )
 
 
 class _Copy:
     """What one device has of a snapshot, and its copy to the host, which is under way."""
 
-    def __init__(self, members: list[tuple[list[tuple[str, str]], Tensor]]):
-        self._keys = [key for keys, _ in members for key in keys]
-        device = members[0][1].device
-        packed = torch.empty(len(self._keys), dtype=torch.float64, device=device)
-        torch.cat([values for _, values in members], out=packed)
+    def __init__(self, members: list[tuple[str, list[str], Tensor]]):
+        self._members = [(kind, keys) for kind, keys, _ in members]
+        size, device = sum(len(keys) for _, keys in self._members), members[0][2].device
+        packed = torch.empty(size, dtype=torch.float64, device=device)
+        torch.cat([values.reshape(-1) for _, _, values in members], out=packed)
         self._event: torch.cuda.Event | None = None
         # Without a wait, torch copies into pinned memory, which is to be read after the event.
         self._host = packed.to("cpu", non_blocking=device.type == "cuda")
@@ -171,8 +186,12 @@ class _Copy:
         """Tells whether the copy has ended."""
         return self._event is None or self._event.query()
 
-    def read(self) -> Iterable[tuple[tuple[str, str], float]]:
-        """Returns kinds and names with their numbers; waits for them."""
+    def read(self) -> Iterator[tuple[str, list[str], list[float]]]:
+        """Yields kinds and names with their numbers; waits for them."""
         if self._event is not None:
             self._event.synchronize()
-        return zip(self._keys, self._host.tolist(), strict=True)
+        values = self._host.tolist()
+        end = 0
+        for kind, keys in self._members:
+            begin, end = end, end + len(keys)
+            yield kind, keys, values[begin:end]

@@ -236,7 +236,9 @@ def weighted_windows_are_those_of_one_process(ranks):
     for backend in ranks.backends:
         model, expected = parallel(ranks, torch.float32), single(ranks)
         accumulator = gk.attach(model, backend=backend)
-        optimizers = [torch.optim.SGD(m.parameters(), lr=1e-4) for m in (model, expected)]
+        optimizers = [
+            torch.optim.SGD(m.parameters(), lr=1e-4, foreach=False) for m in (model, expected)
+        ]
         for step in range(2):
             inputs = batches(ranks, 3, seed=step)
             window(model, inputs, accumulator, weights)
@@ -328,7 +330,7 @@ def an_overflow_on_one_rank_skips_the_step_on_all(ranks):
         model = parallel(ranks, torch.float32)
         accumulator = gk.attach(model, backend=backend)
         scaler = gk.GradScaler(accumulator, init_scale=4.0) if scales else None
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
         before = [local(p).clone() for p in model.parameters()]
         for step in range(2):
             loss = model(x).square().sum()
@@ -389,7 +391,7 @@ def an_overflow_on_one_rank_is_raised_on_all(ranks):
         accumulator = gk.attach(model, backend=backend, nonfinite="raise")
         overflow_on_one_rank(ranks, model.mlp[0].weight, {1})
         window(model, batches(ranks, 3))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
         with pytest.raises(FloatingPointError, match="micro-batch 2 of 3 .* mlp.0.weight$"):
             accumulator.step(optimizer)
 
@@ -538,7 +540,7 @@ def uneven_and_empty_shards(ranks):
         accumulator.load_state_dict(state)
         close(accumulator.clip_grad_norm_(norm.item() / 2), norm)
         close(accumulator.grad_norm(), norm / 2)
-        accumulator.step(torch.optim.SGD(model.parameters(), lr=0.1))
+        accumulator.step(torch.optim.SGD(model.parameters(), lr=0.1, foreach=False))
         accumulator.detach()
 
 
@@ -706,7 +708,7 @@ def data_parallel_beside_tensor_parallel(ranks):
         window(model, batches(ranks, 2, seed=replica), accumulator, weights[replica])
         assert accumulator.weight == whole_weight
         norm = torch.stack([p.grad.norm() for p in expected.parameters()]).norm()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, foreach=False)
         close(accumulator.step(optimizer, max_norm=norm.item() / 2), norm)
         for param, other in zip(model.parameters(), expected.parameters(), strict=True):
             close(param.grad, other.grad / 2)
