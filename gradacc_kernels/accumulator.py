@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradacc_kernels import window_state
 from gradacc_kernels.statistics import measure
-from gradacc_kernels.stats import Snapshot, Stats
+from gradacc_kernels.stats import Snapshot, Stats, Transfer
 from gradacc_kernels.window import clip_coefficient
 
 
@@ -221,7 +221,9 @@ class Accumulator:
         """
         attachment = self._attachment
         closed = attachment.closed_window()
-        return Snapshot(attachment, closed, from_statistics=from_statistics).read()[0]
+        snapshot = Snapshot(attachment, closed, from_statistics=from_statistics)
+        [(stats, _)] = Transfer([snapshot]).read()
+        return stats
 
     # Closing a window
 

@@ -1,7 +1,8 @@
 """Monitor: a record of every window that is closed, written when its numbers have arrived.
 
-When an optimizer's step closes a window, what a GPU has of it is copied to pinned memory, and the
-host goes on. A later close writes it: nothing waits for the device but ``flush`` and ``close``.
+When an optimizer's step closes a window, what a GPU has of it is kept there. Once a second a close
+copies what has been kept to pinned memory, and the first later one at which it has arrived writes
+it: nothing waits for the device but ``flush`` and ``close``.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from gradacc_kernels.accumulator import Accumulator
 from gradacc_kernels.sinks import Sink
-from gradacc_kernels.stats import Snapshot
+from gradacc_kernels.stats import Snapshot, Stats, Transfer
 
 LARGEST = 5
+COPIES_EVERY = 1.0  # seconds: a copy of several windows takes the host as long as one of one
 KEYS = (
     *("step", "time", "seconds", "norm", "largest", "found_inf", "nonfinite", "micro_batches"),
     *("tokens", "loss_scale", "skipped_windows", "skipped_micro_batches", "nbytes"),
@@ -34,9 +36,10 @@ class Monitor:
     """Writes a record of each window that a step of an optimizer closes.
 
     Closed by :meth:`Accumulator.step`, ``gk.GradScaler.step``, or a stock ``optimizer.step()``; as
-    :meth:`Accumulator.stats` tells of it. On a GPU a record is written at the first later close at
-    which its numbers have arrived, by :meth:`flush` or by :meth:`close`. On the CPU at once. Until
-    it is closed, or its accumulator detached, the accumulator keeps it alive.
+    :meth:`Accumulator.stats` tells of it. On the CPU a record is written at once. What a GPU has is
+    copied once a second, and written at the first later close at which it has arrived, by
+    :meth:`flush` or by :meth:`close`. Until it is closed, or its accumulator detached, the
+    accumulator keeps it alive.
 
     A record is a dict of
 
@@ -163,7 +166,7 @@ class Monitor:
 
     def flush(self) -> None:
         """Writes the records of all windows that were closed; waits for their numbers."""
-        self._writer.write_arrived(waits=True)
+        self._writer.flush()
 
     def close(self) -> None:
         """Writes what is left, closes the sinks, and leaves the accumulator; once."""
@@ -186,18 +189,36 @@ class _Writer:
 
     def __init__(self, sinks: list[Sink]):
         self.sinks = sinks
-        self._waiting: deque[tuple[Snapshot, dict, dict]] = deque()
+        self._kept: list[tuple[Snapshot, dict, dict]] = []
+        self._under_way: deque[tuple[Transfer, list[tuple[Snapshot, dict, dict]]]] = deque()
+        self._due = time.perf_counter()
 
     def add(self, snapshot: Snapshot, known: dict[str, Any], more: dict[str, Any]) -> None:
-        """Takes a window, and writes those that have arrived."""
+        """Takes a window, and writes what has arrived of those before."""
         if self.sinks:
-            self._waiting.append((snapshot, known, more))
-            self.write_arrived(waits=False)
+            self._kept.append((snapshot, known, more))
+            if snapshot.is_of_cpu or time.perf_counter() >= self._due:
+                self._copy()
+            self._write_arrived(waits=False)
 
-    def write_arrived(self, *, waits: bool) -> None:
+    def flush(self) -> None:
+        """Writes all windows; waits for their numbers."""
+        self._copy()
+        self._write_arrived(waits=True)
+
+    def _copy(self) -> None:
+        """Begins to copy what is kept."""
+        kept, self._kept = self._kept, []
+        if kept:
+            self._under_way.append((Transfer([snapshot for snapshot, _, _ in kept]), kept))
+        self._due = time.perf_counter() + COPIES_EVERY
+
+    def _write_arrived(self, *, waits: bool) -> None:
         """Writes records, the oldest first."""
-        while self._waiting and (waits or self._waiting[0][0].is_here()):
-            self._write(_record(*self._waiting.popleft()))
+        while self._under_way and (waits or self._under_way[0][0].is_here()):
+            transfer, kept = self._under_way.popleft()
+            for (stats, extras), (_, known, more) in zip(transfer.read(), kept, strict=True):
+                self._write(_record(stats, known, more | extras))
 
     def _write(self, record: dict[str, Any]) -> None:
         for sink in list(self.sinks):
@@ -219,7 +240,7 @@ class _Writer:
 
     def close(self) -> None:
         """Writes what is left, and closes the sinks."""
-        self.write_arrived(waits=True)
+        self.flush()
         for sink in list(self.sinks):
             try:
                 sink.close()
@@ -228,8 +249,7 @@ class _Writer:
         self.sinks.clear()
 
 
-def _record(snapshot: Snapshot, known: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    stats, extras = snapshot.read()
+def _record(stats: Stats, known: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     return known | {
         "norm": stats.norm,
         "largest": stats.largest(LARGEST),
@@ -242,7 +262,6 @@ def _record(snapshot: Snapshot, known: dict[str, Any], more: dict[str, Any]) -> 
         "skipped_micro_batches": stats.skipped_micro_batches,
         "nbytes": stats.nbytes,
         **more,
-        **extras,
     }
 
 

@@ -44,14 +44,20 @@ class JsonLines:
         """Writes a line."""
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        self._file.flush()
+            self._file = self.path.open("a", encoding="utf-8", buffering=1)  # a line
+        try:
+            line = _encode(record)
+        except ValueError:
+            line = _encode(_finite(record))
+        self._file.write(line + "\n")
 
     def close(self) -> None:
         """Closes the file."""
         if self._file is not None:
             self._file.close()
+
+
+_encode = json.JSONEncoder(allow_nan=False).encode
 
 
 def _finite(value: Any) -> Any:

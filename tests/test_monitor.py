@@ -13,6 +13,7 @@ import torch
 from hook_cases import backward, batch, every_hook, mlp
 
 import gradacc_kernels as gk
+from gradacc_kernels import monitor as monitors
 from gradacc_kernels import stats
 
 NAN, INF = float("nan"), float("inf")
@@ -207,7 +208,7 @@ def test_records_wait_for_their_numbers(monkeypatch):
         accumulator.step(optimizer)
         optimizer.zero_grad()
         if window == 1:
-            arrived += [c for waiting in monitor._writer._waiting for c in waiting[0]._copies][:1]
+            arrived += monitor._writer._under_way[0][0]._copies
     assert [record["window"] for record in records] == [0]
     monitor.flush()
     assert [record["window"] for record in records] == [0, 1, 2, 3]
@@ -220,13 +221,32 @@ def test_records_wait_for_their_numbers(monkeypatch):
     assert len(records) == 4
 
 
+def test_records_of_a_gpu_are_written_together(monkeypatch):
+    model = mlp(dtype=torch.float32)
+    accumulator = gk.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monkeypatch.setattr(stats.Snapshot, "is_of_cpu", False)
+    monkeypatch.setattr(monitors, "COPIES_EVERY", 3600.0)
+    records = Records()
+    with gk.Monitor(accumulator, [records]) as monitor:
+        for steps, written in ((1, 1), (2, 1), (3, 1)):
+            train(accumulator, model, optimizer, batch(dtype=torch.float32))
+            assert len(records) == written, steps
+        monkeypatch.setattr(monitors, "COPIES_EVERY", 0.0)
+        monitor.flush()
+        assert [record["step"] for record in records] == [1, 2, 3]
+        train(accumulator, model, optimizer, batch(dtype=torch.float32))
+        assert len(records) == 4
+
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
 
 
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("close", ["step", "scaler", "stock"])
-def test_nothing_waits_for_a_gpu(close):
+def test_nothing_waits_for_a_gpu(close, monkeypatch):
+    monkeypatch.setattr(monitors, "COPIES_EVERY", 0.0)
     model = mlp("cuda", torch.float32)
     accumulator = gk.attach(model)
     scaler = gk.GradScaler(accumulator) if close == "scaler" else None
