@@ -694,16 +694,18 @@ FAMILIES_OF_RANKS = {"bf16": "bfloat16 parameters", "autocast": "autocast", "fsd
 def monitor_block(device: str) -> str:
     """Returns the block ``monitor DEVICE``."""
     results = load(f"monitor_{device}")
-    columns = ["window, T tokens in each of K", "time", "host", "GPU", "of a micro-batch"]
+    columns = ["window, T tokens in each of K", "time", "looking, host", "looking, GPU"]
+    columns += ["of a micro-batch", "of the window"]
     lines = []
     for r in results["rows"]:
         what = f"{r['way']}, T={r['tokens']}, K={r['micro_batches']}"
         line = [what, duration(1e6 * r["window_s"])]
         if r["way"] == "nothing":
-            lines.append([*line, "", "", ""])
+            lines.append([*line, "", "", "", ""])
             continue
         looking = [duration(1e6 * r["host_s"]), duration(1e6 * r["gpu_s"])]
-        lines.append([*line, *looking, f"{r['of_micro_batch']:.2%}"])
+        shares = [r["of_micro_batch"], max(r["host_s"], r["gpu_s"]) / r["window_s"]]
+        lines.append([*line, *looking, *(f"{share:.2%}" for share in shares)])
     return table(columns, lines, results)
 
 
