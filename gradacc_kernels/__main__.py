@@ -1,9 +1,4 @@
-"""``python -m gradacc_kernels``: what is installed, and whether the kernels work on this GPU.
-
-``python -m gradacc_kernels tune`` measures which weight gradient kernel is fastest: see tune.py.
-``python -m gradacc_kernels bench`` times the kernels by size: see kernel_bench.py.
-``python -m gradacc_kernels report run.jsonl`` writes a page about a run: see report.py.
-"""
+"""The command ``python -m gradacc_kernels``."""
 
 from __future__ import annotations
 
@@ -16,6 +11,14 @@ import gradacc_kernels
 from gradacc_kernels import dispatch, kernel_bench, report, tune
 from gradacc_kernels.kernel_calls import calls, copy_rate, seconds_of
 
+USAGE = """usage: python -m gradacc_kernels [tune|bench|report ...]
+
+    python -m gradacc_kernels                    what is installed; checks all kernels on a GPU
+    python -m gradacc_kernels tune SHAPE ...     measures which weight gradient kernel is fastest
+    python -m gradacc_kernels bench              times the kernels by size
+    python -m gradacc_kernels report run.jsonl   writes a page about a run that gk.Monitor recorded
+
+tune, bench and report take --help."""
 CHECKED = (1 << 20) + 5  # elements compared with the reference backend
 TIMED = 1 << 27  # elements timed: 0.8 GB of main and grad, well past any L2
 
@@ -92,8 +95,9 @@ def main() -> int:
     if sys.argv[1:2] == ["report"]:
         return report.main(sys.argv[2:])
     if len(sys.argv) > 1:
-        print(__doc__)
-        return 0 if sys.argv[1] in ("-h", "--help") else 2
+        is_help = sys.argv[1] in ("-h", "--help")
+        print(USAGE, file=sys.stdout if is_help else sys.stderr)
+        return 0 if is_help else 2
     print_installation()
     return 0 if not torch.cuda.is_available() or check_kernels() else 1
 

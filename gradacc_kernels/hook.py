@@ -544,8 +544,16 @@ class _Attachment:
 
     def __del__(self, is_finalizing=sys.is_finalizing):
         # Parameters may outlive a model or an Accumulator, and must then train as stock ones do.
-        if not is_finalizing() and getattr(self, "groups", None):
-            self.detach()
+        if is_finalizing() or not getattr(self, "groups", None):
+            return
+        is_unused = self.root is None and not any(g.hooks.tally()[0] for g in self.groups)
+        self.detach()
+        if is_unused:
+            warnings.warn(
+                "attach: the Accumulator of a list of parameters was dropped before it saw a "
+                "gradient, which has detached them: keep what attach returns, or attach the module",
+                stacklevel=2,
+            )
 
 
 def _grad(param: Tensor | None) -> Tensor | None:

@@ -159,6 +159,8 @@ class Live:
         if self._live is not None:
             self._draw()
             self._live.stop()
+            if not self._live.console.is_terminal:
+                self._live.console.line()  # which rich ends the table with in a terminal alone
 
     def _draw(self) -> None:
         self._live.update(self._table(), refresh=True)

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import warnings
 import weakref
 
 import pytest
@@ -351,6 +352,24 @@ def test_the_handle_keeps_no_model_alive(hook):
     finally:
         gc.enable()
     assert "detached" in repr(accumulator)
+
+
+@every_hook
+def test_a_list_whose_handle_is_not_kept_says_so(hook):
+    device, backend = hook
+    params = list(mlp(device).parameters())
+    with pytest.warns(UserWarning, match="keep what attach returns"):
+        gk.attach(params, backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with gk.attach(params, backend=backend):
+            pass
+        gk.attach(params, backend=backend).detach()
+        accumulator = gk.attach(params, backend=backend)
+        arrive(params[0], torch.ones_like(params[0]))
+        params[0].grad = None
+        del accumulator
+        gk.attach(mlp(device), backend=backend)  # dropped with its model
 
 
 @every_hook

@@ -492,6 +492,7 @@ def test_the_table_in_the_terminal():
     sink.write(RECORD)
     sink.close()
     assert "largest norms: a.weight 1.5, b 1" in first.getvalue()
+    assert first.getvalue().endswith("\n") and text.getvalue().count("\n") > 5
 
 
 @pytest.mark.parametrize(
