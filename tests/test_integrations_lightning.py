@@ -1,6 +1,7 @@
 """Lightning's Trainer with GradAccCallback."""
 
 import functools
+import json
 from functools import partial
 
 import pytest
@@ -64,6 +65,7 @@ def train(
     steps=STEPS,
     accumulates=K,
     callbacks=(),
+    afterwards=(),
     plugins=(),
     resume=None,
     **options,
@@ -76,6 +78,7 @@ def train(
         options = getattr(attach, "keywords", options)
         model.callback = gk.integrations.lightning.GradAccCallback(**options)
         callbacks.append(model.callback)
+    callbacks += afterwards
     trainer = lightning.Trainer(
         accelerator="cpu",
         precision=None if plugins else precision,
@@ -206,6 +209,21 @@ def test_loss_scale(overflows):
     ours, theirs = check_same_training(partial(calls_layers, sgd), loop, "auto", ulps=ULPS)
     assert states[0] == states[1]
     assert states[0]["scale"] == (2.0**5 if overflows else 2.0**7)
+
+
+def test_windows_are_recorded(tmp_path):
+    path = tmp_path / "run.jsonl"
+    lightning = importorskip("lightning.pytorch")
+
+    class Record(lightning.Callback):
+        def on_train_start(self, trainer, module):
+            ours = [c for c in trainer.callbacks if hasattr(c, "accumulator")]
+            gk.Monitor(ours[0].accumulator, [gk.JsonLines(path)])
+
+    trainer = train(calls_layers(), callbacks=[], afterwards=[Record()])
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, trainer.global_step + 1))
+    assert all(record["micro_batches"] == K and record["norm"] > 0 for record in records)
 
 
 def test_manual_optimization_is_left_alone():

@@ -1,5 +1,6 @@
 """The Trainer of transformers with GradAccCallback, and LoRA adapters of PEFT by it."""
 
+import json
 import subprocess
 import sys
 from functools import partial
@@ -43,6 +44,7 @@ def train(tmp_path):
         *,
         knows_trainer=True,
         callbacks=(),
+        afterwards=(),
         optimizer=None,
         attached_with=None,
         resume=None,
@@ -72,6 +74,8 @@ def train(tmp_path):
             callback = make(trainer if knows_trainer else None, **given)
             trainer.add_callback(callback)
             model.callback = callback
+        for later in afterwards:
+            trainer.add_callback(later)
         trainer.train(resume_from_checkpoint=resume)
         model.logs = [log for log in trainer.state.log_history if "loss" in log]
 
@@ -184,6 +188,28 @@ def test_a_window_that_is_not_finite(train, knows_trainer, nonfinite):
         rates = values(model, "learning_rate")
         assert rates[2] == rates[1] != rates[0]  # the schedule has waited
         assert all(p.isfinite().all() for p in model.parameters())
+
+
+@every_form
+def test_windows_are_recorded(train, knows_trainer, tmp_path):
+    path = tmp_path / "run.jsonl"
+
+    def record(model, state):
+        gk.Monitor(model.callback.accumulator, [gk.JsonLines(path)])
+
+    def spoil(model, state):
+        if state.global_step == 1:
+            model.lm_head.weight.grad[0, 0] = float("nan")
+
+    train(
+        llama(),
+        knows_trainer=knows_trainer,
+        callbacks=[observer("on_pre_optimizer_step", spoil)],
+        afterwards=[observer("on_train_begin", record)],
+    )
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["micro_batches"] for record in records] == [K, K, 1]
+    assert [record["nonfinite"] for record in records] == [[], ["lm_head.weight"], []]
 
 
 @every_form
