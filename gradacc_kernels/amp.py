@@ -7,6 +7,7 @@ so that ``.grad`` is in true units at any moment, and nothing is left to unscale
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,10 +19,20 @@ from gradacc_kernels.accumulator import Accumulator
 from gradacc_kernels.statistics import measure
 
 
+def _disown(attachment: weakref.ref[Any]) -> None:
+    """Has gradients arrive as they are, where a scaler is gone and no other has taken its place."""
+    alive = attachment()
+    if alive is not None and alive.groups and alive.window.scaler() is None:
+        with torch.inference_mode(False):  # the garbage collector may call this anywhere
+            for inv_scale in alive.inv_scales().values():
+                inv_scale.fill_(1.0)
+
+
 class GradScaler(torch.amp.GradScaler):
     """torch's GradScaler over an Accumulator: the same methods, state and checkpoints.
 
-    It owns :attr:`Accumulator.inv_scale`, and sets it to 1 / scale when the scale changes.
+    It owns :attr:`Accumulator.inv_scale`, and sets it to 1 / scale when the scale changes, and to 1
+    when it is dropped. Of several over one Accumulator the last one owns it; others are refused.
     :meth:`unscale_` only takes the verdict from the statistics of the pass (parameters that are not
     covered are unscaled as torch does), so it costs no pass over memory and may be called again.
     :meth:`step` does not wait for the device where the optimizer takes ``found_inf``, as torch's
@@ -49,6 +60,21 @@ class GradScaler(torch.amp.GradScaler):
         self._check_closed()
         if self.is_enabled():
             self._publish()
+            attachment.window.scaler = weakref.ref(self)
+            weakref.finalize(self, _disown, weakref.ref(attachment)).atexit = False
+
+    def scale(self, outputs: Any) -> Any:
+        """Multiplies a loss, or an iterable of them, by the scale, as torch's does.
+
+        Raises:
+            RuntimeError: a GradScaler that was made later divides the gradients.
+        """
+        if self.is_enabled() and self.accumulator._attachment.window.scaler() is not self:
+            raise RuntimeError(
+                "GradScaler.scale: another GradScaler was made over this Accumulator, and "
+                "gradients arrive divided by its scale: use that one alone"
+            )
+        return super().scale(outputs)
 
     def _check_closed(self) -> None:
         if self.is_enabled() and self.accumulator._attachment.window.is_open:

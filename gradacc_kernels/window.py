@@ -71,6 +71,7 @@ class Window:
         tokens: 0-dim float64: the sum of the weights of all windows.
         skipped_micro_batches: 0-dim int64.
         skipped_windows: 0-dim int64.
+        scaler: returns the gk.GradScaler that owns inv_scale, or None.
         has_skipped: 0-dim float32: 1 where this window has dropped a micro-batch.
         windows: how many were closed by step.
         ended: how many steps of any optimizer have ended; several that step one after the other,
@@ -87,6 +88,7 @@ class Window:
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
         self.skipped_micro_batches = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_windows = torch.zeros((), dtype=torch.int64, device=device)
+        self.scaler: Callable[[], Any] = lambda: None
         self.windows = 0
         self.is_weighted = False
         self.is_averaged = False

@@ -259,3 +259,31 @@ def test_what_is_no_accumulator():
     accumulator.detach()
     with pytest.raises(RuntimeError, match="not attached"):
         gk.GradScaler(accumulator)
+
+
+def test_of_several_scalers_the_last_one_divides():
+    model, x = mlp(dtype=torch.float32), batch(dtype=torch.float32)
+    accumulator = gk.attach(model)
+    first = gk.GradScaler(accumulator, init_scale=8.0)
+    loss = model(x).square().sum()
+    assert first.scale(loss).equal(8 * loss)
+    last = gk.GradScaler(accumulator, init_scale=4.0)
+    with pytest.raises(RuntimeError, match="use that one alone"):
+        first.scale(loss)
+    last.scale(loss).backward()
+    expected = [param.grad.clone() for param in model.parameters()]
+    del first
+    assert accumulator.inv_scale.item() == 0.25
+    del last
+    assert accumulator.inv_scale.item() == 1
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert all(p.grad.equal(g) for p, g in zip(model.parameters(), expected, strict=True))
+
+
+def test_a_scaler_that_is_dropped_after_detach():
+    model = mlp(dtype=torch.float32)
+    accumulator = gk.attach(model)
+    scaler = gk.GradScaler(accumulator)
+    accumulator.detach()
+    del scaler
