@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from gradacc_kernels import distributed
 
 # What a RuntimeError says that is no torch.OutOfMemoryError, and means the same.
+NO_BATCH = 1 << 31  # samples, more than a device has memory for
 OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -96,7 +96,7 @@ def find_micro_batch_size(
         TypeError, ValueError: fn or zero_grad cannot be called; numbers that are no positive ints,
             a start above most, a margin outside of [0, 1), an effective batch that is no multiple
             of the ranks. Nothing was run.
-        RuntimeError: not even ``start`` fits, on this rank or another.
+        RuntimeError: not even ``start`` fits, on this rank or another; or whatever n does.
         Exception: what fn raises, unless memory was exhausted.
     """
     _check(fn, zero_grad, effective_batch, start, most, margin)
@@ -112,7 +112,7 @@ def find_micro_batch_size(
                 f"find_micro_batch_size: effective_batch must be a multiple of the {ranks} ranks, "
                 f"got {effective_batch}"
             )
-    most = min(n for n in (most, whole, math.inf) if n is not None)
+    most = min(n for n in (most, whole, NO_BATCH) if n is not None)
     if start > most:
         raise ValueError(
             f"find_micro_batch_size: start must be at most {most} (most, or the effective batch of "
@@ -133,20 +133,25 @@ def find_micro_batch_size(
             "the memory left free: lower start or margin, shard the model, or checkpoint its "
             "activations"
         )
+    if largest == NO_BATCH:
+        raise RuntimeError(
+            f"find_micro_batch_size: all sizes up to {largest} fit: expected fn to run a "
+            "micro-batch of the n samples that it is given; on the CPU, give most"
+        )
     k = 1 if whole is None else -(-whole // largest)
     small, larger = divmod(largest if whole is None else whole, k)
     sizes = (small + 1,) * larger + (small,) * (k - larger)
     return MicroBatchSize(sizes[0], k, sizes, largest, trials)
 
 
-def _search(fits: Callable[[int], bool], start: int, most: float) -> int:
+def _search(fits: Callable[[int], bool], start: int, most: int) -> int:
     """The largest n from start to most that fits; 0 where start does not."""
     good, n = 0, start
     while fits(n):
         good = n
         if n == most:
             return good
-        n = int(min(2 * n, most))
+        n = min(2 * n, most)
     bad = n
     while good and bad - good > 1:
         middle = (good + bad) // 2

@@ -140,6 +140,14 @@ def test_bad_arguments():
     assert not calls
 
 
+def test_what_never_runs_out_of_memory_ends():
+    calls = []
+    with pytest.raises(RuntimeError, match="all sizes up to 2147483648 fit"):
+        gk.find_micro_batch_size(calls.append)
+    assert calls == [1 << power for power in range(32)]
+    assert gk.find_micro_batch_size(calls.append, most=5).largest == 5
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
 def test_memory_of_a_gpu():
