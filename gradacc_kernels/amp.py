@@ -67,9 +67,12 @@ class GradScaler(torch.amp.GradScaler):
         """Multiplies a loss, or an iterable of them, by the scale, as torch's does.
 
         Raises:
-            RuntimeError: a GradScaler that was made later divides the gradients.
+            RuntimeError: another GradScaler divides the gradients: that was made later, or this one
+                is disabled.
         """
-        if self.is_enabled() and self.accumulator._attachment.window.scaler() is not self:
+        attachment = self.accumulator._reference()
+        owner = self if self.is_enabled() else None
+        if attachment is not None and attachment.window.scaler() is not owner:
             raise RuntimeError(
                 "GradScaler.scale: another GradScaler was made over this Accumulator, and "
                 "gradients arrive divided by its scale: use that one alone"

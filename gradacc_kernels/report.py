@@ -55,7 +55,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it holds no record, or a line other than the last is none.
+        ValueError: it holds no record, or a line that is none, but for one that was cut off: the
+            last, or one that a resumed run went on after.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     records = []
@@ -65,8 +66,9 @@ def read(path: Path) -> list[dict[str, Any]]:
             if not isinstance(record, dict) or "step" not in record:
                 raise ValueError("no record of gk.Monitor")
         except ValueError as error:
-            if number == len(lines):
-                break  # cut off
+            is_json = not isinstance(error, json.JSONDecodeError)
+            if number == len(lines) or (not is_json and lines[number].startswith('{"step":')):
+                continue
             raise ValueError(f"{path}, line {number}: {error}") from error
         records.append(record)
     if not records:
@@ -140,8 +142,9 @@ def _largest(record: dict[str, Any]) -> str:
 
 
 def _names(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + rest
+    """The last ones, which are the nearest to the loss, as a rule."""
+    before = f"{len(names) - 4} others and " if len(names) > 4 else ""
+    return before + ", ".join(names[-4:])
 
 
 def _number(value: float | None) -> str:

@@ -44,7 +44,10 @@ class JsonLines:
         """Writes a line."""
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            is_cut = _is_cut(self.path)
             self._file = self.path.open("a", encoding="utf-8", buffering=1)  # a line
+            if is_cut:
+                self._file.write("\n")
         try:
             line = _encode(record)
         except ValueError:
@@ -55,6 +58,15 @@ class JsonLines:
         """Closes the file."""
         if self._file is not None:
             self._file.close()
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether a file ends within a line, as of a run that was killed."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read() != b"\n"
 
 
 _encode = json.JSONEncoder(allow_nan=False).encode

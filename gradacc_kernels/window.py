@@ -444,11 +444,11 @@ class Window:
             self._first_bad.zero_()  # what was bad has been overwritten
             return
         names = [name for name, value in measured.sums.items() if value.isnan()]
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        before = f"{len(names) - 5} others and " if len(names) > 5 else ""
         raise FloatingPointError(
             f"step: micro-batch {self._first_bad.item() or 'unknown'} of "
             f"{self.attachment.micro_batches()} brought gradients that are inf or NaN, to "
-            f"{', '.join(names[:5])}{more}"
+            f"{before}{', '.join(names[-5:])}"  # the last ones are the nearest to the loss
         )
 
     # The end

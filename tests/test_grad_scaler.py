@@ -270,12 +270,15 @@ def test_of_several_scalers_the_last_one_divides():
     last = gk.GradScaler(accumulator, init_scale=4.0)
     with pytest.raises(RuntimeError, match="use that one alone"):
         first.scale(loss)
+    with pytest.raises(RuntimeError, match="use that one alone"):
+        gk.GradScaler(accumulator, enabled=False).scale(loss)
     last.scale(loss).backward()
     expected = [param.grad.clone() for param in model.parameters()]
     del first
     assert accumulator.inv_scale.item() == 0.25
     del last
     assert accumulator.inv_scale.item() == 1
+    assert gk.GradScaler(accumulator, enabled=False).scale(loss) is loss
     model.zero_grad()
     model(x).square().sum().backward()
     assert all(p.grad.equal(g) for p, g in zip(model.parameters(), expected, strict=True))

@@ -160,6 +160,11 @@ def test_a_file_of_json_lines_is_appended_to(tmp_path):
         sink.write({"step": step})
         assert len(path.read_text().splitlines()) == step + 1  # before it is closed
         sink.close()
+    path.write_text('{"step": 0}\n{"st')  # of a run that was killed
+    sink = gk.JsonLines(path)
+    sink.write({"step": 1})
+    sink.close()
+    assert path.read_text().splitlines() == ['{"step": 0}', '{"st', '{"step": 1}']
 
 
 # When

@@ -92,6 +92,8 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     path = write(tmp_path / "run.jsonl", RECORDS)
     path.write_text(path.read_text() + '{"step": 4, "ti')
     assert [r["step"] for r in report.read(path)] == [1, 2, 3]
+    path.write_text(path.read_text() + "\n" + json.dumps(RECORDS[0]) + "\n")  # resumed
+    assert [r["step"] for r in report.read(path)] == [1, 2, 3, 1]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     [
         ("", "holds no record"),
         ('{"a": 1}\n{"step": 1}\n', "line 1: no record of gk.Monitor"),
-        ('{"step"\n{"step": 1}\n', "line 1"),
+        ('{"step"\n{"a"\n{"step": 1}\n', "line 1"),
     ],
 )
 def test_what_is_no_run_is_refused(tmp_path, capsys, text, words):
